@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Brings hw2_data/ into this folder.
+#
+#   bash get_dataset.sh               the course's zip; where that is gone, the public data sets behind it
+#   bash get_dataset.sh SOURCE_DIR    no network: builds it from the public files in SOURCE_DIR
+#                                     (python3 build_dataset.py --help lists them)
+#
+# What is in hw2_data/ already stays as it is.
+set -euo pipefail
+
+[ $# -le 1 ] || { echo "usage: bash get_dataset.sh [SOURCE_DIR]" >&2; exit 2; }
+source_dir=""
+if [ $# -eq 1 ]; then
+    [ -d "$1" ] || { echo "get_dataset.sh: error: there is no folder $1; name one that holds the public files" >&2; exit 2; }
+    source_dir="$(cd -- "$1" && pwd)"
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")"
+course_zip="https://drive.google.com/uc?id=1XUl4tqq3kKyWRe2lyHZ8s7U9yc_x3mWT"
+
+complete() {
+    for domain in mnistm svhn usps; do
+        [ -f "hw2_data/digits/$domain/train.csv" ] || return 1
+    done
+}
+
+from_course() {
+    rm -rf .hw2_data.partial  # what an interrupted run left
+    mkdir .hw2_data.partial
+    python3 -m gdown "$course_zip" -O .hw2_data.partial/hw2_data.zip || return 1
+    python3 -m zipfile -e .hw2_data.partial/hw2_data.zip .hw2_data.partial || return 1
+    root="$(find .hw2_data.partial -type d -name digits -not -path '*/__MACOSX/*' | head -n 1)"
+    [ -n "$root" ] || return 1
+    mkdir -p hw2_data/digits
+    for part in digits/mnistm digits/svhn digits/usps face; do
+        [ -e "hw2_data/$part" ] || mv "$root/../$part" "hw2_data/$part" || return 1
+    done
+}
+
+if complete; then
+    echo "hw2_data/ is complete already; nothing was changed"
+elif [ -n "$source_dir" ]; then
+    python3 build_dataset.py --source_dir "$source_dir" --data_dir hw2_data
+    echo "hw2_data/digits/ was built from the public files in $source_dir"
+elif from_course; then
+    rm -rf .hw2_data.partial
+    echo "hw2_data/ comes from the course's zip"
+else
+    rm -rf .hw2_data.partial
+    echo "the course's zip cannot be had; fetching the public data sets into public_data/ instead" >&2
+    python3 build_dataset.py --source_dir public_data --data_dir hw2_data --download
+    echo "hw2_data/digits/ was built from the public data sets (problem 2's hw2_data/face/ is only in the course's zip)"
+fi

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Problem 1: bash hw2_1.sh <output_dir>   draws 1,000 digits, 0_001.png ... 9_100.png
+set -euo pipefail
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+exec python3 "$root/p1_ddpm/inference.py" "$@"

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Makes sure that every checkpoint listed in checkpoints.csv is there and intact.
+#
+#   bash hw2_download.sh             verifies, downloads what has an address, lists what is missing or damaged
+#   bash hw2_download.sh --update    after a training: lists the checkpoints of this folder in checkpoints.csv anew
+#                                    (lines with an address are written by hand and stay as they are)
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")"
+manifest=checkpoints.csv
+
+size() { wc -c < "$1" | tr -d ' '; }
+sha256() { { sha256sum "$1" 2> /dev/null || shasum -a 256 "$1"; } | cut -d ' ' -f 1; }
+intact() { [ -f "$1" ] && [ "$(size "$1")" = "$2" ] && [ "$(sha256 "$1")" = "$3" ]; }
+
+download() {  # ADDRESS FILE
+    mkdir -p "$(dirname "$2")"
+    case "$1" in
+        *drive.google.com*) python3 -m gdown "$1" -O "$2" ;;
+        *) if command -v curl > /dev/null; then curl -fL --retry 2 -o "$2" "$1"; else wget -O "$2" "$1"; fi ;;
+    esac
+}
+
+if [ "${1:-}" = --update ]; then
+    with_address="$(awk -F, 'NR > 1 && $4 != "in the repository"' "$manifest")"
+    {
+        echo "path,bytes,sha256,address"
+        [ -z "$with_address" ] || echo "$with_address"
+        for path in Classifier.pth p?_*/checkpoints/*.pt; do
+            [ -f "$path" ] || continue
+            cut -d , -f 1 <<< "$with_address" | grep -qxF "$path" && continue
+            echo "$path,$(size "$path"),$(sha256 "$path"),in the repository"
+        done
+    } > "$manifest.partial"
+    mv "$manifest.partial" "$manifest"
+    exit
+elif [ $# -gt 0 ]; then
+    echo "usage: bash hw2_download.sh [--update]" >&2
+    exit 2
+fi
+
+[ -f "$manifest" ] || { echo "$manifest is missing; clone the repository again" >&2; exit 1; }
+count=0
+bad=()
+while IFS=, read -r path bytes sha256 address || [ -n "$path" ]; do
+    count=$((count + 1))
+    intact "$path" "$bytes" "$sha256" && continue
+    if [ "$address" != "in the repository" ]; then
+        echo "downloading $path"
+        if download "$address" "$path.partial" && intact "$path.partial" "$bytes" "$sha256"; then
+            mv "$path.partial" "$path"
+            continue
+        fi
+        rm -f "$path.partial"
+        bad+=("$path: not what was expected, or not to be had, from $address")
+    elif [ -f "$path" ]; then
+        bad+=("$path: damaged; 'git checkout -- $path' brings it back")
+    else
+        bad+=("$path: missing; 'git checkout -- $path' brings it back")
+    fi
+done < <(tail -n +2 "$manifest")
+
+if [ ${#bad[@]} -gt 0 ]; then
+    echo "${#bad[@]} of $count checkpoints are missing or damaged:" >&2
+    printf '  %s\n' "${bad[@]}" >&2
+    exit 1
+fi
+echo "all $count checkpoints are there and intact"

@@ -1,0 +1,140 @@
+"""The mathematics of problem 1: noise schedule, Algorithm 1's loss, guidance and three samplers.
+
+Steps are numbered as in Ho et al. 2020 (arXiv 2006.11239): t = 1 ... T, x_0 is an image in [-1, 1] and
+x_T is noise. `alphas_cumprod` has T + 1 entries, so that alphas_cumprod[t] is the paper's alpha-bar_t
+and alphas_cumprod[0] = 1; it is kept in float64 and cast where it meets an image.
+
+A sampler is a generator function (predict, x, levels, alphas_cumprod, generators, eta) that yields
+(t, x_t) after each step. `predict(x, t)` returns (x0, eps), see `guided_predictor`; `levels` is a
+descending list of steps that begins at T and ends at 0; `generators` hold one random stream per image.
+"""
+
+import math
+
+import torch
+
+from utils import beta_scheduler, randn
+
+
+def noise_schedule(name="linear", steps=1000):
+    """alpha-bar_0 ... alpha-bar_T as a float64 tensor of shape (steps + 1,).
+
+    'linear': betas of Ho et al. 2020, section 4. 'cosine': Nichol & Dhariwal 2021, equation 17.
+    """
+    if name == "linear":
+        betas = beta_scheduler(steps)
+    elif name == "cosine":
+        u = torch.arange(steps + 1, dtype=torch.float64) / steps
+        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"unknown noise schedule {name!r}")
+    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, dim=0)])
+
+
+def diffuse(x0, t, noise, alphas_cumprod):
+    """A draw of q(x_t | x_0) with the given noise, equation 4; x0 and noise (B, C, H, W), t (B,)."""
+    alpha_bar = alphas_cumprod[t][:, None, None, None]
+    return alpha_bar.sqrt().to(x0.dtype) * x0 + (1 - alpha_bar).sqrt().to(x0.dtype) * noise
+
+
+def ddpm_loss(model, x0, labels, alphas_cumprod, null_label, label_drop=0.1):
+    """Algorithm 1 with label dropping (Ho & Salimans 2022, Algorithm 1).
+
+    Returns (t, loss), both of shape (B,): the drawn steps and each image's mean squared error in eps.
+    """
+    t = torch.randint(1, len(alphas_cumprod), (len(x0),), device=x0.device)
+    noise = torch.randn_like(x0)
+    labels = labels.masked_fill(torch.rand(len(x0), device=x0.device) < label_drop, null_label)
+    eps = model(diffuse(x0, t, noise, alphas_cumprod), t, labels)
+    return t, (eps - noise).square().flatten(1).mean(1)
+
+
+def guided_predictor(model, labels, null_label, alphas_cumprod, guidance, interval=(1, math.inf)):
+    """predict(x, t) -> (x0, eps) under classifier-free guidance of the given strength.
+
+    eps = (1 + guidance) eps(x, y) - guidance eps(x)   (Ho & Salimans 2022, equation 6), so 0 is the plain
+    conditional model. Guidance acts only while interval[0] <= t <= interval[1] (Kynkaanniemi et al. 2024);
+    elsewhere the unconditional pass is skipped. x0 is clamped to [-1, 1], and eps is what that x0 implies.
+    """
+    null = torch.full_like(labels, null_label)
+
+    def predict(x, t):
+        steps = torch.full_like(labels, t)
+        if guidance != 0 and interval[0] <= t <= interval[1]:
+            both = model(torch.cat([x, x]), torch.cat([steps, steps]), torch.cat([labels, null]))
+            conditional, unconditional = both.chunk(2)
+            eps = (1 + guidance) * conditional - guidance * unconditional
+        else:
+            eps = model(x, steps, labels)
+        a, s = signal_and_noise(alphas_cumprod, t)
+        x0 = ((x - s * eps) / a).clamp(-1, 1)
+        return x0, (x - a * x0) / s
+
+    return predict
+
+
+def signal_and_noise(alphas_cumprod, t):
+    """(sqrt(alpha-bar_t), sqrt(1 - alpha-bar_t)) as Python floats."""
+    alpha_bar = alphas_cumprod[t].item()
+    return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+
+
+def uniform_levels(total, steps):
+    """The steps visited from t = total down to 0 in `steps` equal strides, steps + 1 integers."""
+    return [round(total * (steps - i) / steps) for i in range(steps + 1)]
+
+
+def ddpm(predict, x, levels, alphas_cumprod, generators, eta=None):
+    """Ancestral sampling: Algorithm 2 of Ho et al. 2020, on any subsequence of the steps.
+
+    The mean is that of q(x_s | x_t, x_0) (equation 7) and sigma^2 its variance (beta-tilde). `eta` is unused.
+    """
+    for t, s in zip(levels, levels[1:]):
+        x0, _ = predict(x, t)
+        alpha_bar_t, alpha_bar_s = alphas_cumprod[t].item(), alphas_cumprod[s].item()
+        alpha = alpha_bar_t / alpha_bar_s
+        mean = (math.sqrt(alpha_bar_s) * (1 - alpha) / (1 - alpha_bar_t) * x0
+                + math.sqrt(alpha) * (1 - alpha_bar_s) / (1 - alpha_bar_t) * x)
+        sigma = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha))
+        x = mean + sigma * randn(generators, x.shape[1:], x.device) if s > 0 else mean
+        yield s, x
+
+
+def ddim(predict, x, levels, alphas_cumprod, generators, eta=0.0):
+    """Song et al. 2021 (arXiv 2010.02502), equation 12; eta 0 is deterministic, eta 1 is `ddpm`."""
+    for t, s in zip(levels, levels[1:]):
+        x0, eps = predict(x, t)
+        alpha_bar_t, alpha_bar_s = alphas_cumprod[t].item(), alphas_cumprod[s].item()
+        sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
+        x = math.sqrt(alpha_bar_s) * x0 + math.sqrt(1 - alpha_bar_s - sigma**2) * eps
+        if sigma > 0:
+            x = x + sigma * randn(generators, x.shape[1:], x.device)
+        yield s, x
+
+
+def dpmpp(predict, x, levels, alphas_cumprod, generators, eta=None):
+    """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), Algorithm 2; deterministic, `eta` is unused.
+
+    A second-order multistep method in lambda = log(signal / noise); its first and last step are of first order.
+    """
+    previous = None  # (lambda, x0) of the step before
+    for t, s in zip(levels, levels[1:]):
+        x0, _ = predict(x, t)
+        if s == 0:
+            x = x0
+        else:
+            (signal_t, noise_t), (signal_s, noise_s) = (signal_and_noise(alphas_cumprod, u) for u in (t, s))
+            lambda_t, lambda_s = math.log(signal_t / noise_t), math.log(signal_s / noise_s)
+            h = lambda_s - lambda_t
+            if previous is None:
+                direction = x0
+            else:
+                r = (lambda_t - previous[0]) / h
+                direction = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * previous[1]
+            x = noise_s / noise_t * x - signal_s * math.expm1(-h) * direction
+            previous = lambda_t, x0
+        yield s, x
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}

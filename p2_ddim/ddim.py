@@ -1,0 +1,96 @@
+"""Denoising diffusion implicit models (Song et al. 2021, arXiv 2010.02502) in the conventions of the course.
+
+The conventions were found by reproducing the course's ground-truth images; each has its reason beside it. They are
+those of diffusers' DDIMScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=True,
+set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading").
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils import beta_scheduler, randn, to_uint8
+
+T = 1000
+
+
+def alphas_cumprod():
+    """alpha_bar_t for t = 0 ... 999, float64 (1000,): float32 products would drift over a thousand factors."""
+    return torch.cumprod(1 - beta_scheduler(T), dim=0)
+
+
+def timesteps(steps=50):
+    """The step numbers that the sampler visits, from noise to image: 981, 961, ..., 21, 1 for 50 steps.
+
+    tau_i = floor(i T / steps) + 1, the paper's linear choice (appendix D.2) shifted by one, so that the last
+    call of the network is at t = 1 and not at t = 0. T steps visit 999 ... 1: there is no t = 1000.
+    """
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be from 1 to {T}; got {steps}")
+    return [t for i in reversed(range(steps)) if (t := i * T // steps + 1) < T]
+
+
+@torch.no_grad()
+def sample(model, noise, steps=50, eta=0.0, generators=None, on_step=None):
+    """Images from noise by equation (12) of the paper.
+
+    model(x, t) predicts the noise in x; noise is x_T, of shape (B, C, H, W). With eta > 0 `generators` holds one
+    generator for each image (utils.image_generators), so an image does not depend on its batch; eta = 1 is DDPM.
+    on_step(t, x, x0), if given, is called after every step with the new x and the x0 predicted before it.
+    Returns x_0 of noise's shape, about [-1, 1].
+    """
+    if eta > 0 and (generators is None or len(generators) != len(noise)):
+        raise ValueError("eta > 0 adds noise at every step: give one generator for each image")
+    alpha_bar = alphas_cumprod().tolist()
+    visited = timesteps(steps)
+    x = noise
+    # The last step goes to alpha_bar_0 = 0.9999, not to 1: the course's images keep that last bit of noise.
+    for t, t_prev in zip(visited, visited[1:] + [0]):
+        ab, ab_prev = alpha_bar[t], alpha_bar[t_prev]
+        # The network was trained on raw step numbers, not on t / T.
+        eps = model(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
+        # Clamping keeps x0 an image: early on, dividing by sqrt(ab) = 0.0076 magnifies every error of eps.
+        x0 = ((x - math.sqrt(1 - ab) * eps) / math.sqrt(ab)).clamp(-1, 1)
+        sigma = eta * math.sqrt((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev))
+        # The direction back to x_t is the network's own eps, not one recomputed from the clamped x0.
+        x = math.sqrt(ab_prev) * x0 + math.sqrt(1 - ab_prev - sigma ** 2) * eps
+        if eta > 0:
+            x = x + sigma * randn(generators, x.shape[1:], x.device)
+        if on_step:
+            on_step(t, x, x0)
+    return x
+
+
+def stretch(images):
+    """Images (B, C, H, W) to uint8, each stretched from its own minimum and maximum to 0 ... 255.
+
+    Over all channels and pixels of an image together, as torchvision's save_image(normalize=True) does with one
+    image: this is how the ground truth was saved. A constant image becomes black.
+    """
+    low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
+    return to_uint8((images - low) / (high - low).clamp_min(1e-5))
+
+
+def lerp(x, y, alpha):
+    """Straight line from x (alpha = 0) to y (alpha = 1), tensors of one shape."""
+    return (1 - alpha) * x + alpha * y
+
+
+def slerp(x, y, alpha):
+    """Spherical interpolation from x (alpha = 0) to y (alpha = 1), each tensor being one vector (equation 67).
+
+    Gaussian noise of many dimensions lies near a sphere, and slerp stays there. Parallel vectors have no arc
+    between them: there it is the straight line. Opposite vectors have no shortest arc: ValueError.
+    """
+    a, b = x.double().flatten(), y.double().flatten()
+    cosine = (a @ b / (a.norm() * b.norm())).clamp(-1, 1)
+    theta = torch.acos(cosine)
+    if theta.sin() < 1e-6:
+        if cosine < 0:
+            raise ValueError("x and y point in opposite directions: no arc between them is the shortest")
+        return lerp(x, y, alpha)
+    path = (torch.sin((1 - alpha) * theta) * x.double() + torch.sin(alpha * theta) * y.double()) / theta.sin()
+    return path.to(x.dtype)

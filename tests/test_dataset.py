@@ -1,0 +1,398 @@
+"""dataset.py and build_dataset.py on made-up images and on small public data sets in the real formats."""
+
+import bz2
+import gzip
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+from torchvision.transforms import functional
+
+import build_dataset
+import dataset
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- Reading images -----------------------------------------------------------------------------
+
+def pattern(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def rgb(grey):
+    return np.stack([grey] * 3)
+
+
+def test_every_image_mode_becomes_rgb(tmp_path):
+    colour, grey = pattern((28, 28, 3)), pattern((28, 28), 1)
+    colours = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90], [200, 210, 220]], np.uint8)
+    palette = Image.new("P", (28, 28))
+    palette.putpalette(colours.ravel().tolist())
+    palette.putdata((grey // 64).ravel().tolist())
+    palette_colours = colours[grey // 64].transpose(2, 0, 1)
+    alpha = np.dstack([colour, grey])
+    cases = {
+        "rgb.png": (Image.fromarray(colour), colour.transpose(2, 0, 1)),
+        "grey.png": (Image.fromarray(grey), rgb(grey)),
+        "bits.png": (Image.fromarray(grey > 99), rgb((grey > 99) * 255)),
+        "palette.png": (palette, palette_colours),
+        "alpha.png": (Image.fromarray(alpha), colour.transpose(2, 0, 1)),
+        "grey_alpha.png": (Image.fromarray(np.dstack([grey, grey])), rgb(grey)),
+        "16bit.png": (Image.fromarray(grey.astype(np.uint16) * 256 + 77), rgb(grey)),
+        "bitmap.bmp": (Image.fromarray(colour), colour.transpose(2, 0, 1)),
+    }
+    for name, (image, expected) in cases.items():
+        image.save(tmp_path / name)
+        result = dataset.read_image(tmp_path / name)
+        assert result.dtype == torch.uint8 and result.shape == (3, 28, 28), name
+        assert np.array_equal(result.numpy(), expected), name
+    palette.save(tmp_path / "transparent.png", transparency=bytes([0, 255, 128, 255]))
+    assert np.array_equal(dataset.read_image(tmp_path / "transparent.png"), palette_colours)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (16, 16), (90, 57)])
+def test_other_sizes_are_resized_as_torchvision_does(tmp_path, height, width):
+    smooth = np.asarray(Image.fromarray(pattern((6, 6, 3))).resize((width, height), Image.Resampling.BICUBIC))
+    Image.fromarray(smooth).save(tmp_path / "a.png")
+    reference = functional.resize(torch.from_numpy(smooth.copy()).permute(2, 0, 1).float(), [28, 28], antialias=True)
+    assert (dataset.read_image(tmp_path / "a.png").float() - reference).abs().max() <= 1.01
+
+
+def test_many_images_are_read_in_order(tmp_path):
+    names = []
+    for index in range(150):
+        names.append(tmp_path / f"{(index * 37) % 150:03d}.png")
+        Image.fromarray(pattern((28, 28, 3), index)).save(names[-1])
+    images = dataset.read_images(names)
+    assert images.shape == (150, 3, 28, 28) and images.is_contiguous()
+    assert all(torch.equal(images[k], dataset.read_image(names[k])) for k in range(150))
+
+
+def test_unreadable_images_raise_or_are_reported(tmp_path):
+    paths = [tmp_path / f"{k}.png" for k in range(100)]
+    for path in paths:
+        Image.fromarray(pattern((28, 28))).save(path)
+    paths[70].write_bytes(paths[70].read_bytes()[:300])
+    paths[90].unlink()
+    with pytest.raises(UserError, match="70.png is truncated"):
+        dataset.read_images(paths)
+    reported = {}
+    images = dataset.read_images(paths, on_error=lambda index, error: reported.update({index: str(error)}))
+    assert list(reported) == [70, 90] and "70.png is truncated" in reported[70] and "no image" in reported[90]
+    assert images[70].sum() == 0 and images[90].sum() == 0 and torch.equal(images[89], images[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_a_file_that_is_no_image(tmp_path, content):
+    (tmp_path / "a b.png").write_bytes(content)
+    with pytest.raises(UserError, match="a b.png is truncated or not an image"):
+        dataset.read_image(tmp_path / "a b.png")
+
+
+def test_list_images(tmp_path):
+    for name in ("b.png", "a.JPG", "c.txt", ".hidden.png", "10.png"):
+        (tmp_path / name).touch()
+    assert dataset.list_images(tmp_path) == ["10.png", "a.JPG", "b.png"]
+    with pytest.raises(UserError, match="no folder"):
+        dataset.list_images(tmp_path / "b.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        dataset.list_images(tmp_path / "empty")
+
+
+# --- Reading CSV files --------------------------------------------------------------------------
+
+@pytest.fixture
+def digits(tmp_path):
+    """A folder data/ of ten images, image k of grey level k, and a good CSV file with its rows shuffled."""
+    (tmp_path / "data").mkdir()
+    for k in range(10):
+        Image.fromarray(np.full((28, 28), k, np.uint8)).save(tmp_path / "data" / f"{k}.png")
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    (tmp_path / "good.csv").write_text("image_name,label\n" + "".join(f"{k}.png,{9 - k}\n" for k in order))
+    return tmp_path, order
+
+
+def test_load_digits_keeps_the_order_of_the_csv(digits):
+    folder, order = digits
+    images, labels, names = dataset.load_digits(folder / "good.csv", folder / "data")
+    assert names == [f"{k}.png" for k in order]
+    assert labels.dtype == torch.int64 and labels.tolist() == [9 - k for k in order]
+    assert images.dtype == torch.uint8 and images[:, :, 5, 5].tolist() == [[k] * 3 for k in order]
+
+
+def test_columns_may_be_swapped_spaced_and_have_company(digits):
+    folder, _ = digits
+    (folder / "odd.csv").write_bytes(b"\xef\xbb\xbflabel, image_name, note\r\n 7, 3.png, x\r\n1, 1.png, y\r\n\r\n")
+    images, labels, names = dataset.load_digits(folder / "odd.csv", folder / "data")
+    assert names == ["3.png", "1.png"] and labels.tolist() == [7, 1]
+
+
+def test_labels_are_not_read_when_unlabelled(digits):
+    folder, order = digits
+    images, labels, names = dataset.load_digits(folder / "good.csv", folder / "data", labelled=False)
+    for text in ("image_name\n3.png\n1.png\n", "image_name,label\n3.png,secret\n1.png,\n"):
+        (folder / "blind.csv").write_text(text)
+        some, labels, some_names = dataset.load_digits(folder / "blind.csv", folder / "data", labelled=False)
+        assert labels is None and some_names == names[:2] and torch.equal(some, images[:2])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("image_name,label\n0.png,1\n1.png,10\n", r"row 2 of .*bad.csv has the label '10'"),
+    ("image_name,label\n0.png,-1\n", r"row 1 of .*bad.csv has the label '-1'"),
+    ("image_name,label\n0.png,3.5\n", r"row 1 of .*bad.csv has the label '3.5'"),
+    ("image_name,label\n0.png,1\n1.png,cat\n", r"row 2 of .*bad.csv has the label 'cat'"),
+    ("image_name,label\n0.png,1\n1.png\n", r"row 2 of .*bad.csv has the label ''"),
+    ("image_name,label\n0.png,1\n1.png,2\n0.png,1\n", r"row 3 of .*bad.csv names 0.png a second time"),
+    ("image_name,label\n0.png,1\nzebra.png,2\n", r"row 2 of .*bad.csv names 'zebra.png', which is not in .*data"),
+    ("image_name,label\n,2\n", r"row 1 of .*bad.csv names '', which is not in"),
+    ("name,label\n0.png,1\n", r"bad.csv has no column image_name"),
+    ("image_name,digit\n0.png,1\n", r"bad.csv has no column label"),
+    ("0.png,1\n1.png,2\n", r"bad.csv has no column image_name"),
+    ("image_name,label\n", r"bad.csv has a header but no rows"),
+    ("", r"bad.csv is empty"),
+    ("\n\n", r"bad.csv is empty"),
+    (b"image_name,label\n\xff\xfe\x80.png,1\n", r"cannot read .*bad.csv"),
+    ('image_name,label\n"0.png,1\n', r"cannot read .*bad.csv"),
+    (None, r"cannot read .*bad.csv"),
+])
+def test_bad_csv(digits, text, message):
+    folder, _ = digits
+    if text is not None:
+        (folder / "bad.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as error:
+        dataset.load_digits(folder / "bad.csv", folder / "data")
+    assert "\n" not in str(error.value)
+
+
+def test_bad_image_is_named_with_its_row(digits):
+    folder, order = digits
+    path = folder / "data" / f"{order[2]}.png"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match=rf"row 3 of .*good.csv: the image .*{order[2]}.png is truncated"):
+        dataset.load_digits(folder / "good.csv", folder / "data")
+    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+        dataset.load_digits(folder / "good.csv", folder / "nowhere")
+
+
+def test_missing_data_set_says_what_to_run(tmp_path):
+    with pytest.raises(UserError, match=r"no .*usps.*train.csv; run 'bash get_dataset.sh'"):
+        dataset.load_split(tmp_path, "usps", "train")
+
+
+# --- Building the course's layout from the public formats -------------------------------------------
+
+def gz_idx(array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    return gzip.compress(header + array.tobytes())
+
+
+def libsvm_bz2(pixels, labels):
+    """LIBSVM's sparse text: 'label index:value ...', indices from 1, zeros left out."""
+    lines = [f"{label + 1} " + " ".join(f"{k}:{value:.6f}" for k, value in enumerate(row, 1) if value)
+             for row, label in zip(pixels, labels)]
+    return bz2.compress(("\n".join(lines) + "\n").encode())
+
+
+USPS_GREYS = np.append(np.arange(40) * 6.0, 127.5)  # 127.5 is the value 0, which sparse text leaves out
+
+
+def mnist_digits():
+    """55 digits with strokes on a zero ground, and their labels."""
+    rng = np.random.default_rng(1)
+    images = rng.integers(1, 256, (55, 28, 28)) * (rng.random((55, 28, 28)) < 0.3)
+    return images.astype(np.uint8), (np.arange(55) % 10).astype(np.uint8)
+
+
+def make_sources(folder):
+    """Small public data sets below `folder`: each in its real format, scattered over odd places."""
+    images, labels = mnist_digits()
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(gz_idx(images[:40]))
+    (raw / "train-labels-idx1-ubyte.gz").write_bytes(gz_idx(labels[:40]))
+    (raw / "t10k-images-idx3-ubyte").write_bytes(gzip.decompress(gz_idx(images[40:])))
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(gzip.decompress(gz_idx(labels[40:])))
+
+    # USPS and SVHN: image k is one flat grey level of its own, so that it can be told in the result.
+    pixels = np.repeat(USPS_GREYS[:, None] / 127.5 - 1, 256, axis=1)
+    (folder / "usps.bz2").write_bytes(libsvm_bz2(pixels[:30], np.arange(30) % 10))
+    (folder / "usps.t.bz2").write_bytes(libsvm_bz2(pixels[30:], np.arange(30, 41) % 10))
+    crops = np.broadcast_to(np.arange(33, dtype=np.uint8) * 7, (32, 32, 3, 33))
+    scipy.io.savemat(folder / "test_32x32_first33.mat", {"X": crops, "y": np.array([[k % 10 or 10] for k in range(33)])})
+
+    photographs = folder / "photographs"
+    for part, count in (("train", 2), ("val", 1), ("test", 1)):
+        (photographs / "BSR/BSDS500/data/images" / part).mkdir(parents=True)
+        for k in range(count):
+            path = photographs / "BSR/BSDS500/data/images" / part / f"{len(part)}{k}.jpg"
+            Image.fromarray(pattern((34 + k, 40, 3), len(part) * 10 + k)).save(path)
+    with tarfile.open(folder / "BSR_bsds500.tgz", "w:gz") as tar:
+        tar.add(photographs / "BSR", "BSR")
+    return photographs
+
+
+def build(source, data, domains=build_dataset.DOMAINS, seed=0):
+    for domain in domains:
+        build_dataset.build(domain, source, data, seed)
+
+
+def tree(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    """(source folder, folder of the unpacked photographs, data folder built from them)."""
+    folder = tmp_path_factory.mktemp("public data")
+    photographs = make_sources(folder / "source")
+    unpacked = folder / "unpacked"
+    photographs.rename(unpacked)
+    build(folder / "source", folder / "data")
+    return folder / "source", unpacked, folder / "data"
+
+
+def test_split_sizes_are_the_course_s():
+    assert build_dataset.split_sizes(70000) == (44800, 11200, 14000)
+    assert build_dataset.split_sizes(73257 + 26032) == (63544, 15887, 19858)
+    assert build_dataset.split_sizes(7291 + 2007) == (5950, 1488, 1860)
+
+
+def test_layout(public):
+    for domain, count, mode in (("mnistm", 55, "RGB"), ("svhn", 33, "RGB"), ("usps", 41, "L")):
+        folder = public[2] / "digits" / domain
+        assert sorted(path.name for path in folder.iterdir()) == ["data", "test", "test.csv", "train.csv", "val.csv"]
+        names = {split: dataset.read_names(folder / f"{split}.csv") for split in ("train", "val", "test")}
+        assert tuple(map(len, names.values())) == build_dataset.split_sizes(count)
+        assert sorted(names["train"] + names["val"]) == sorted(os.listdir(folder / "data"))
+        assert sorted(names["test"]) == sorted(os.listdir(folder / "test"))
+        for path in folder.rglob("*.png"):
+            with Image.open(path) as image:
+                assert image.mode == mode and image.size == (28, 28)
+    assert (public[2] / "digits/usps/train.csv").read_bytes().startswith(b"image_name,label\n00000.png,")
+
+
+@pytest.mark.parametrize("domain, levels", [("svhn", np.arange(33) * 7), ("usps", np.rint(USPS_GREYS))])
+def test_every_digit_lands_in_exactly_one_split_with_its_label(public, domain, levels):
+    found = {}
+    for split in ("train", "val", "test"):
+        images, labels, _ = dataset.load_split(public[2], domain, split)
+        assert (images == images[:, :1, :1, :1]).all()
+        for level, label in zip(images[:, 0, 0, 0].tolist(), labels.tolist()):
+            assert level not in found
+            found[level] = label
+    assert found == {int(level): k % 10 for k, level in enumerate(levels)}
+
+
+def test_mnistm_is_patch_minus_digit(public):
+    """Every image is |patch - digit| for some patch of a *training* photograph and some digit of its label."""
+    pool, pool_labels = mnist_digits()
+    photographs = [np.asarray(Image.open(path)) for path in sorted((public[1]).rglob("train/*.jpg"))]
+    patches = np.stack([photograph[y:y + 28, x:x + 28] for photograph in photographs
+                        for y in range(photograph.shape[0] - 27) for x in range(photograph.shape[1] - 27)])
+    used = []
+    for split in ("train", "val", "test"):
+        images, labels, _ = dataset.load_split(public[2], "mnistm", split)
+        for image, label in zip(images.permute(0, 2, 3, 1).numpy(), labels.numpy()):
+            for k in np.flatnonzero(pool_labels == label):
+                ground = pool[k] == 0  # there the photograph shows through
+                match = np.flatnonzero((patches[:, ground] == image[ground]).all(axis=(1, 2)))
+                if len(match):
+                    assert np.array_equal(np.abs(patches[match[0]].astype(int) - pool[k][:, :, None].astype(int)), image)
+                    used.append((k, match[0]))
+    assert sorted(k for k, _ in used) == list(range(55))
+    assert len({patch for _, patch in used}) > 40  # patches are drawn anew for every digit
+
+
+def test_same_bytes_wherever_the_files_lie(public, tmp_path):
+    source, unpacked, data = public
+    shutil.copytree(source, tmp_path / "x" / "deeper")
+    (tmp_path / "x" / "deeper" / "BSR_bsds500.tgz").unlink()
+    shutil.copytree(unpacked, tmp_path / "x" / "a")
+    build(tmp_path / "x", tmp_path / "data")
+    assert tree(tmp_path / "data") == tree(data)
+    build(source, tmp_path / "other", seed=1, domains=["usps"])
+    assert tree(tmp_path / "other")["digits/usps/train.csv"] != tree(data)["digits/usps/train.csv"]
+
+
+def test_interrupted_build_starts_again_and_finished_one_stays(public, tmp_path, monkeypatch):
+    source, _, data = public
+    labels, image = build_dataset.usps(source, 0)
+
+    def interrupted(index):
+        if index == 20:
+            raise KeyboardInterrupt
+        return image(index)
+
+    monkeypatch.setitem(build_dataset.DOMAINS, "usps", lambda *_: (labels, interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        build(source, tmp_path, domains=["usps"])
+    monkeypatch.undo()
+    assert any(tmp_path.rglob("*.png"))
+    with pytest.raises(UserError, match="get_dataset.sh"):
+        dataset.load_split(tmp_path, "usps", "train")
+    build(source, tmp_path, domains=["usps"])
+    assert os.listdir(tmp_path / "digits") == ["usps"]
+    assert tree(tmp_path / "digits" / "usps") == tree(data / "digits" / "usps")
+
+    (tmp_path / "digits/usps/val.csv").write_text("the user's own")
+    build(source, tmp_path, domains=["usps"])
+    assert (tmp_path / "digits/usps/val.csv").read_text() == "the user's own"
+    (tmp_path / "digits/usps/val.csv").unlink()
+    with pytest.raises(UserError, match="lacks data, train.csv or val.csv"):
+        build(source, tmp_path, domains=["usps"])
+
+
+@pytest.mark.parametrize("domain, file, what", [
+    ("mnistm", "MNIST/raw/train-images-idx3-ubyte.gz", "MNIST"),
+    ("mnistm", "BSR_bsds500.tgz", "BSDS500"),
+    ("svhn", "test_32x32_first33.mat", "SVHN"),
+    ("usps", "usps.bz2", "USPS"),
+])
+def test_missing_and_damaged_public_files(public, tmp_path, domain, file, what):
+    source = tmp_path / "source"
+    shutil.copytree(public[0], source)
+    damaged = (source / file).read_bytes()
+    (source / file).write_bytes(damaged[:len(damaged) // 2])
+    with pytest.raises(UserError, match=f"{Path(file).name} is damaged"):
+        build(source, tmp_path, domains=[domain])
+    for path in source.rglob("*"):
+        if path.is_file() and (what != "BSDS500" or path.suffix == ".tgz"):
+            path.unlink()
+    with pytest.raises(UserError, match=f"source lacks {what}"):
+        build(source, tmp_path, domains=[domain])
+    assert not (tmp_path / "digits").exists()
+
+
+def test_command_line(public, tmp_path, monkeypatch):
+    def command(*args):
+        return subprocess.run([sys.executable, ROOT / "build_dataset.py", *args], cwd=tmp_path,
+                              capture_output=True, text=True)
+
+    done = command("--source_dir", public[0], "--data_dir", "my data", "--domains", "usps", "svhn")
+    assert done.returncode == 0, done.stderr
+    assert "usps: 25 training, 7 validation and 9 test digits" in done.stdout
+    assert {name: data for name, data in tree(public[2]).items() if "mnistm" not in name} == tree(tmp_path / "my data")
+    failed = command("--source_dir", "nowhere")
+    assert failed.returncode == 2
+    assert failed.stderr == ("build_dataset.py: error: there is no folder nowhere; "
+                             "name the one that holds the public files\n")
+
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for data_dir, source_dir, message in (("file", public[0], "the output path file is a file"),
+                                          ("new", "my data", "my data lacks MNIST")):
+        monkeypatch.setattr(sys, "argv", ["x", "--source_dir", str(source_dir), "--data_dir", data_dir])
+        with pytest.raises(UserError, match=message):
+            build_dataset.main()

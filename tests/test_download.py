@@ -1,0 +1,174 @@
+"""hw2_download.sh and get_dataset.sh as a user runs them: in a folder with a space, from another current directory."""
+
+import csv
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_dataset import make_sources, tree
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINTS = [path.relative_to(ROOT).as_posix()
+               for pattern in ("Classifier.pth", "p?_*/checkpoints/*.pt") for path in ROOT.glob(pattern)]
+
+
+def bash(folder, script, *args, **environment):
+    """Runs a script of `folder` from another current directory; python3 is this interpreter."""
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(["bash", folder / script, *args], cwd=folder.parent, env={**os.environ, **environment},
+                          capture_output=True, text=True)
+
+
+# --- hw2_download.sh ----------------------------------------------------------------------------
+
+def line(path, content, address="in the repository"):
+    return f"{path},{len(content)},{hashlib.sha256(content).hexdigest()},{address}\n"
+
+
+@pytest.fixture
+def clone(tmp_path):
+    folder = tmp_path / "my clone"
+    (folder / "p1_ddpm" / "checkpoints").mkdir(parents=True)
+    shutil.copy(ROOT / "hw2_download.sh", folder)
+    (folder / "Classifier.pth").write_bytes(b"weights")
+    (folder / "p1_ddpm/checkpoints/a.pt").write_bytes(b"a" * 3000)
+    return folder
+
+
+def manifest(folder, *lines):
+    (folder / "checkpoints.csv").write_text("path,bytes,sha256,address\n" + "".join(lines))
+
+
+def test_intact_checkpoints(clone):
+    manifest(clone, line("Classifier.pth", b"weights"), line("p1_ddpm/checkpoints/a.pt", b"a" * 3000))
+    done = bash(clone, "hw2_download.sh")
+    assert done.returncode == 0 and done.stdout == "all 2 checkpoints are there and intact\n", done.stderr
+
+
+def test_missing_and_damaged_checkpoints_are_listed(clone):
+    (clone / "p1_ddpm/checkpoints/a.pt").write_bytes(b"a" * 2999 + b"b")
+    manifest(clone, line("Classifier.pth", b"weights"), line("p1_ddpm/checkpoints/a.pt", b"a" * 3000),
+             line("p3_dann/checkpoints/b.pt", b"b").rstrip())
+    failed = bash(clone, "hw2_download.sh")
+    assert failed.returncode == 1 and failed.stdout == ""
+    assert failed.stderr.splitlines() == [
+        "2 of 3 checkpoints are missing or damaged:",
+        "  p1_ddpm/checkpoints/a.pt: damaged; 'git checkout -- p1_ddpm/checkpoints/a.pt' brings it back",
+        "  p3_dann/checkpoints/b.pt: missing; 'git checkout -- p3_dann/checkpoints/b.pt' brings it back"]
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="wget knows no file:// addresses")
+def test_downloads_what_has_an_address(clone, tmp_path):
+    (tmp_path / "server").write_bytes(b"good")
+    address = (tmp_path / "server").as_uri()
+    manifest(clone, line("p3_dann/checkpoints/b.pt", b"good", address), line("Classifier.pth", b"good", address))
+    done = bash(clone, "hw2_download.sh")
+    assert done.returncode == 0, done.stderr
+    assert (clone / "p3_dann/checkpoints/b.pt").read_bytes() == (clone / "Classifier.pth").read_bytes() == b"good"
+
+    manifest(clone, line("Classifier.pth", b"evil", address), line("p3_dann/checkpoints/c.pt", b"c", f"{address}.gone"))
+    failed = bash(clone, "hw2_download.sh")
+    assert failed.returncode == 1 and "2 of 2 checkpoints are missing or damaged" in failed.stderr
+    assert (clone / "Classifier.pth").read_bytes() == b"good"  # never overwritten by something unverified
+    assert not list(clone.rglob("*.partial")) and not (clone / "p3_dann/checkpoints/c.pt").exists()
+
+
+def test_update_writes_the_manifest(clone):
+    elsewhere = line("p3_dann/checkpoints/big.pt", b"big", "https://example.org/big.pt")
+    manifest(clone, line("Classifier.pth", b"old weights"), line("p1_ddpm/checkpoints/gone.pt", b"x"), elsewhere)
+    assert bash(clone, "hw2_download.sh", "--update").returncode == 0
+    assert (clone / "checkpoints.csv").read_text() == (
+        "path,bytes,sha256,address\n" + elsewhere + line("Classifier.pth", b"weights")
+        + line("p1_ddpm/checkpoints/a.pt", b"a" * 3000))
+    assert bash(clone, "hw2_download.sh", "--upgrade").returncode == 2
+
+
+def test_the_repository_s_own_checkpoints():
+    done = bash(ROOT, "hw2_download.sh")
+    assert done.returncode == 0, done.stderr
+    with open(ROOT / "checkpoints.csv", newline="") as file:
+        listed = [row["path"] for row in csv.DictReader(file)]
+    assert set(CHECKPOINTS) <= set(listed), "run 'bash hw2_download.sh --update'"
+
+
+# --- get_dataset.sh -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("public") / "public files"
+    shutil.rmtree(make_sources(folder))
+    return folder
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A folder with the scripts, and a folder for PYTHONPATH whose gdown and torchvision need no network."""
+    folder, stubs = tmp_path / "my clone", tmp_path / "stubs"
+    for path in (folder, stubs):
+        path.mkdir()
+    for name in ("get_dataset.sh", "build_dataset.py", "utils.py"):
+        shutil.copy(ROOT / name, folder)
+    (stubs / "gdown.py").write_text(
+        "import os, shutil, sys\n"
+        "zip = os.environ.get('COURSE_ZIP') or sys.exit('the link is dead')\n"
+        "shutil.copy(zip, sys.argv[sys.argv.index('-O') + 1])\n")
+    (stubs / "torchvision").mkdir()
+    (stubs / "torchvision/__init__.py").touch()
+    (stubs / "torchvision/datasets.py").write_text(
+        "import os\n"
+        "def MNIST(root, *args, download):\n"
+        "    if not os.path.exists(f'{root}/MNIST'): raise OSError('no route to host')\n"
+        "def USPS(root, train, download): pass\n"
+        "def SVHN(root, split, download): pass\n")
+    return folder, str(stubs)
+
+
+def test_a_source_folder_needs_no_network(repository, source):
+    folder, stubs = repository
+    # A relative path counts from the caller's current directory, not from the script's folder.
+    relative = os.path.relpath(source, folder.parent)
+    done = bash(folder, "get_dataset.sh", relative, PYTHONPATH=stubs)
+    assert done.returncode == 0, done.stderr
+    assert f"was built from the public files in {source}" in done.stdout
+    built = tree(folder / "hw2_data")
+    assert all(f"digits/{domain}/train.csv" in built for domain in ("mnistm", "svhn", "usps"))
+
+    again = bash(folder, "get_dataset.sh", PYTHONPATH=stubs)
+    assert again.returncode == 0 and "complete already" in again.stdout and tree(folder / "hw2_data") == built
+
+
+def test_a_source_folder_that_is_not_there(repository):
+    failed = bash(repository[0], "get_dataset.sh", "no where")
+    assert failed.returncode == 2 and "there is no folder no where" in failed.stderr
+
+
+def test_the_course_s_zip(repository, tmp_path):
+    folder, stubs = repository
+    with zipfile.ZipFile(tmp_path / "hw2_data.zip", "w") as archive:
+        for name in ("digits/mnistm", "digits/svhn", "digits/usps"):
+            archive.writestr(f"hw2_data/{name}/train.csv", "image_name,label\n")
+            archive.writestr(f"__MACOSX/hw2_data/{name}/._train.csv", "junk")
+        archive.writestr("hw2_data/face/UNet.pt", "weights")
+    (folder / "hw2_data/digits/usps").mkdir(parents=True)
+    (folder / "hw2_data/digits/usps/own.txt").write_text("the user's own")
+    done = bash(folder, "get_dataset.sh", PYTHONPATH=stubs, COURSE_ZIP=str(tmp_path / "hw2_data.zip"))
+    assert done.returncode == 0 and "comes from the course's zip" in done.stdout, done.stderr
+    assert sorted(tree(folder / "hw2_data")) == [
+        "digits/mnistm/train.csv", "digits/svhn/train.csv", "digits/usps/own.txt", "face/UNet.pt"]
+    assert not (folder / ".hw2_data.partial").exists()
+
+
+def test_a_dead_link_leads_to_the_public_data_sets(repository, source):
+    folder, stubs = repository
+    failed = bash(folder, "get_dataset.sh", PYTHONPATH=stubs)
+    assert failed.returncode == 2 and not (folder / "hw2_data").exists()
+    assert "cannot download MNIST (no route to host)" in failed.stderr and "Traceback" not in failed.stderr
+    shutil.copytree(source, folder / "public_data", dirs_exist_ok=True)
+    done = bash(folder, "get_dataset.sh", PYTHONPATH=stubs)
+    assert done.returncode == 0 and "was built from the public data sets" in done.stdout, done.stderr
+    assert (folder / "hw2_data/digits/mnistm/train.csv").exists()
