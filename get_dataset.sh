@@ -11,7 +11,10 @@ set -euo pipefail
 [ $# -le 1 ] || { echo "usage: bash get_dataset.sh [SOURCE_DIR]" >&2; exit 2; }
 source_dir=""
 if [ $# -eq 1 ]; then
-    [ -d "$1" ] || { echo "get_dataset.sh: error: there is no folder $1; name one that holds the public files" >&2; exit 2; }
+    if [ ! -d "$1" ]; then
+        echo "get_dataset.sh: error: there is no folder $1; name the one that holds the public files" >&2
+        exit 2
+    fi
     source_dir="$(cd -- "$1" && pwd)"
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")"

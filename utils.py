@@ -7,6 +7,7 @@ Pure functions and small classes; nothing here knows about digits, faces or doma
 import argparse
 import contextlib
 import io
+import math
 import os
 import signal
 import sys
@@ -172,6 +173,15 @@ def in_batches(function, items, batch_size):
             continue
         yield batch, result
         start += len(batch)
+
+
+def warmup_cosine(step, total, warmup):
+    """The learning rate's factor at a step: linear warm-up, then half a cosine down to 0 at step `total`.
+
+    A function of the step, so there is no scheduler whose state would have to be saved.
+    """
+    progress = max(0, step - warmup) / max(1, total - warmup)
+    return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # --- Several processes (torchrun) ---------------------------------------------------------------

@@ -13,7 +13,6 @@ Reads hw2_data/digits/mnistm. Writes into --output_dir:
 """
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -32,7 +31,7 @@ from p1_ddpm.diffusion import ddpm_loss, dpmpp, guided_predictor, noise_schedule
 from p1_ddpm.model import UNet  # noqa: E402
 from utils import (EMA, UserError, amp_dtype, argument_parser, autocast, float_between, grad_scaler,  # noqa: E402
                    image_generators, init_distributed, int_at_least, load_checkpoint, make_output_dir, randn, run,
-                   save_checkpoint, save_png, seed_all, to_uint8, write_atomic)
+                   save_checkpoint, save_png, seed_all, to_uint8, warmup_cosine, write_atomic)
 
 
 def parse_args():
@@ -40,7 +39,7 @@ def parse_args():
     parser.add_argument("--data_dir", type=Path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "p1_ddpm/output", help="where checkpoints go")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in --output_dir")
-    parser.add_argument("--dry_run", action="store_true", help="train two steps on a few images and stop")
+    parser.add_argument("--dry_run", action="store_true", help="train two steps on a few images, write nothing")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of weights, order, noise and steps")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
@@ -63,14 +62,6 @@ def parse_args():
                               help="share of labels dropped for classifier-free guidance")
     optimisation.add_argument("--sample_every", type=int_at_least(1), default=5, help="epochs between sample grids")
     return parser.parse_args()
-
-
-def warmup_cosine(warmup, total):
-    """The learning rate's factor at each step: linear warm-up, then a half cosine down to 0."""
-    def factor(step):
-        progress = min(1.0, max(0, step - warmup) / max(1, total - warmup))
-        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
-    return factor
 
 
 def save_samples(path, model, alphas_cumprod, device):
@@ -99,7 +90,7 @@ def main():
     if state and (state["model_config"], state["schedule"]) != (config, [args.schedule, args.noise_steps]):
         raise UserError(f"{output_dir / 'last.pt'} was trained with {state['model_config']}, "
                         f"{state['schedule']}; resume it with the same flags")
-    if not args.resume and (output_dir / "last.pt").exists():
+    if not (args.resume or args.dry_run) and (output_dir / "last.pt").exists():
         raise UserError(f"{output_dir} holds a training already; add --resume or name another --output_dir")
 
     images, labels, _ = load_split(args.data_dir, "mnistm", "train")
@@ -118,9 +109,8 @@ def main():
     parallel = DistributedDataParallel(model) if world_size > 1 else model
     alphas_cumprod = noise_schedule(args.schedule, args.noise_steps).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(args.warmup, args.epochs * steps_per_epoch))
     scaler = grad_scaler(dtype)
-    parts = dict(model=model, ema=ema, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     metrics = []
     if state:
         for name, part in parts.items():
@@ -135,7 +125,10 @@ def main():
         loss_sum, loss_count = torch.zeros(4, device=device), torch.zeros(4, device=device)
         start = time.time()
         for i in tqdm(range(steps_per_epoch), f"epoch {epoch + 1}/{args.epochs}", disable=rank != 0 or None):
-            seed_all(args.seed, epoch * steps_per_epoch + i, rank)
+            step = epoch * steps_per_epoch + i
+            seed_all(args.seed, step, rank)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * warmup_cosine(step, args.epochs * steps_per_epoch, args.warmup)
             batch = order[i * args.batch_size:(i + 1) * args.batch_size][rank::world_size].to(device)
             x0 = images[batch].float() / 127.5 - 1
             with autocast(device, dtype):
@@ -146,7 +139,6 @@ def main():
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
-            scheduler.step()
             ema.update(model)
             quarter = (t - 1) * 4 // args.noise_steps
             loss_sum.index_add_(0, quarter, loss.detach())
@@ -154,6 +146,8 @@ def main():
         if rank != 0:
             continue
 
+        if not loss_sum.isfinite().all():
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}; lower --lr")
         seconds = time.time() - start
         metrics.append(dict(epoch=epoch + 1, loss=round((loss_sum.sum() / loss_count.sum()).item(), 5),
                             loss_quarters=[round(q, 5) for q in (loss_sum / loss_count.clamp(min=1)).tolist()],
@@ -161,6 +155,8 @@ def main():
                             images_per_second=round(steps_per_epoch * args.batch_size / seconds)))
         print("epoch {epoch}: loss {loss:.4f}, by quarter of t {loss_quarters}, lr {lr:.2e}, "
               "{images_per_second} images/s".format(**metrics[-1]), flush=True)
+        if args.dry_run:
+            continue
         description = dict(kind="p1_ddpm", model_config=config, schedule=[args.schedule, args.noise_steps],
                            metrics=metrics)
         save_checkpoint(output_dir / "last.pt", **description, **{k: v.state_dict() for k, v in parts.items()})

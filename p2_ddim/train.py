@@ -212,6 +212,8 @@ def main():
         save_png(args.output_dir / f"samples_{step:06d}.png", make_grid(faces, nrow=4))
         quarters.zero_()
         start = time.time()
+    if args.dry_run and rank == 0:
+        print(f"dry run: two steps went well, loss {loss.mean().item():.3f}; nothing was written")
 
 
 if __name__ == "__main__":

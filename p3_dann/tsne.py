@@ -47,7 +47,7 @@ def extract_features(model, images, own_statistics):
 def proxy_a_distance(source_features, target_features, seed=0):
     """2 (1 - 2 error) of a linear domain classifier on held-out features (Ben-David et al. 2007).
 
-    Trained on one random half, tested on the other; an error above 1/2 counts as 1/2. Of about 0 to 2.
+    Trained on one random half, tested on the other; an error above 1/2 counts as 1/2, so that 0 <= distance <= 2.
     """
     features = np.concatenate([source_features, target_features])
     domains = np.repeat([0, 1], [len(source_features), len(target_features)])

@@ -230,7 +230,8 @@ def make_sources(folder):
     (folder / "usps.bz2").write_bytes(libsvm_bz2(pixels[:30], np.arange(30) % 10))
     (folder / "usps.t.bz2").write_bytes(libsvm_bz2(pixels[30:], np.arange(30, 41) % 10))
     crops = np.broadcast_to(np.arange(33, dtype=np.uint8) * 7, (32, 32, 3, 33))
-    scipy.io.savemat(folder / "test_32x32_first33.mat", {"X": crops, "y": np.array([[k % 10 or 10] for k in range(33)])})
+    labels = np.array([[k % 10 or 10] for k in range(33)])
+    scipy.io.savemat(folder / "test_32x32_first33.mat", {"X": crops, "y": labels})
 
     photographs = folder / "photographs"
     for part, count in (("train", 2), ("val", 1), ("test", 1)):
@@ -296,7 +297,7 @@ def test_every_digit_lands_in_exactly_one_split_with_its_label(public, domain, l
 
 
 def test_mnistm_is_patch_minus_digit(public):
-    """Every image is |patch - digit| for some patch of a *training* photograph and some digit of its label."""
+    """Every image is |patch - digit| for a patch of a *training* photograph and a digit of its label."""
     pool, pool_labels = mnist_digits()
     photographs = [np.asarray(Image.open(path)) for path in sorted((public[1]).rglob("train/*.jpg"))]
     patches = np.stack([photograph[y:y + 28, x:x + 28] for photograph in photographs
@@ -309,7 +310,8 @@ def test_mnistm_is_patch_minus_digit(public):
                 ground = pool[k] == 0  # there the photograph shows through
                 match = np.flatnonzero((patches[:, ground] == image[ground]).all(axis=(1, 2)))
                 if len(match):
-                    assert np.array_equal(np.abs(patches[match[0]].astype(int) - pool[k][:, :, None].astype(int)), image)
+                    difference = patches[match[0]].astype(int) - pool[k][:, :, None]
+                    assert np.array_equal(np.abs(difference), image)
                     used.append((k, match[0]))
     assert sorted(k for k, _ in used) == list(range(55))
     assert len({patch for _, patch in used}) > 40  # patches are drawn anew for every digit
@@ -383,7 +385,8 @@ def test_command_line(public, tmp_path, monkeypatch):
     done = command("--source_dir", public[0], "--data_dir", "my data", "--domains", "usps", "svhn")
     assert done.returncode == 0, done.stderr
     assert "usps: 25 training, 7 validation and 9 test digits" in done.stdout
-    assert {name: data for name, data in tree(public[2]).items() if "mnistm" not in name} == tree(tmp_path / "my data")
+    expected = {name: data for name, data in tree(public[2]).items() if "mnistm" not in name}
+    assert tree(tmp_path / "my data") == expected
     failed = command("--source_dir", "nowhere")
     assert failed.returncode == 2
     assert failed.stderr == ("build_dataset.py: error: there is no folder nowhere; "

@@ -244,7 +244,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
     run_train(monkeypatch, *flags, "--output_dir", tmp_path / "parts", "--resume")
 
     whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
-    for key in ("model", "ema", "optimizer", "scheduler"):
+    for key in ("model", "ema", "optimizer"):
         assert repr(whole[key]) == repr(parts[key])
     assert all(torch.equal(v, parts["model"][k]) for k, v in whole["model"].items())
     assert all(torch.equal(v, parts["ema"]["shadow"][k]) for k, v in whole["ema"]["shadow"].items())
@@ -269,8 +269,8 @@ def test_two_processes_train_together(tmp_path, data_dir):
                            "--device", "cpu", "--channels", "8", "16"],
                           capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert "32 images" in done.stdout and "2 process(es)" in done.stdout
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert "32 images" in done.stdout and "2 process(es)" in done.stdout and done.stdout.count("epoch 1: loss") == 1
+    assert list(tmp_path.iterdir()) == []  # a dry run writes nothing
 
 
 @pytest.mark.parametrize("flags, message", [

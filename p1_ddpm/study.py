@@ -1,0 +1,87 @@
+"""How guidance, sampler and number of steps trade accuracy, fidelity, diversity and time: the README's tables.
+
+    python3 p1_ddpm/study.py                       # every setting below, about @@ minutes on 2 CPU cores
+    python3 p1_ddpm/study.py --tables guidance   # one of the tables
+
+Draws 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output. Settings that
+are in that file already are not drawn again, so an interrupted study goes on. Prints the tables as Markdown.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from p1_ddpm.evaluate import Judge  # noqa: E402
+from p1_ddpm.inference import CHECKPOINT, add_sampling_arguments, check_steps, generate, load_model  # noqa: E402
+from utils import argument_parser, int_at_least, make_output_dir, pick_device, run, write_atomic  # noqa: E402
+
+# Each table varies some flags of inference.py and leaves the others at what the command line says.
+TABLES = {
+    "guidance": [dict(guidance=g, interval=[1, 1000]) for g in (0.0, 0.5, 1.0, 2.0, 3.0)],
+    "interval": [dict(guidance=g, interval=i) for g in (1.0, 2.0) for i in ([1, 500], [250, 750], [500, 1000])],
+    "steps": [dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (10, 15, 20, 50)],
+    "reference": [dict(sampler="ddpm", steps=1000)],
+    "seeds": [dict(seed=s) for s in range(5)],
+}
+FLAGS = ["sampler", "steps", "guidance", "interval", "seed"]
+
+
+def parse_args():
+    parser = argument_parser(__doc__)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which tables to make")
+    parser.add_argument("--output", type=Path, default=ROOT / "p1_ddpm/checkpoints/study.csv", help="the file of results")
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "hw2_data", help="the data set's folder")
+    parser.add_argument("--per_class", type=int_at_least(2), default=100, help="images of each digit")
+    add_sampling_arguments(parser)
+    return parser.parse_args()
+
+
+def measure(model, alphas_cumprod, judge, args, device):
+    """One row of results for the setting in `args`."""
+    numbers = [(digit, number) for digit in range(10) for number in range(1, args.per_class + 1)]
+    levels, start = check_steps(args, alphas_cumprod), time.time()
+    images = torch.cat([images for _, images, _ in generate(model, alphas_cumprod, numbers, args, levels, device)])
+    seconds = time.time() - start
+    measures = judge(images, torch.tensor([digit for digit, _ in numbers]), neighbours=False)
+    return dict(accuracy=round(100 * measures["accuracy"], 2),
+                worst_digit=round(100 * min(measures["accuracy_per_digit"].values()), 2),
+                frechet=round(measures["frechet"], 3),
+                frechet_ratio=round(measures["frechet"] / measures["frechet_floor"], 2),
+                diversity=round(sum(measures["diversity"].values()) / len(measures["diversity"]), 3),
+                seconds=round(seconds, 1))
+
+
+def markdown(table):
+    """A DataFrame as a Markdown table."""
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    model, alphas_cumprod = load_model(args.checkpoint, device)
+    make_output_dir(args.output.parent)
+    judge = Judge(args.data_dir)
+    rows = pd.read_csv(args.output).to_dict("records") if args.output.exists() else []
+    for name in args.tables:
+        for changes in TABLES[name]:
+            setting = argparse.Namespace(**{**vars(args), **changes})
+            row = dict(table=name, **{flag: str(getattr(setting, flag)) for flag in FLAGS})
+            if any(all(str(old[key]) == value for key, value in row.items()) for old in rows):
+                continue
+            rows.append({**row, **measure(model, alphas_cumprod, judge, setting, device)})
+            print(rows[-1], flush=True)
+            write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
+        print(f"\n{name}\n\n{markdown(pd.DataFrame(rows).query('table == @name').drop(columns='table'))}\n", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

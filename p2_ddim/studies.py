@@ -1,0 +1,40 @@
+"""The studies of problem 2, as functions that the report draws: eta, slerp against lerp, the number of steps.
+
+model is a UNet in evaluation mode, a noise is (1, 3, H, W) on the model's device. Images are uint8.
+"""
+
+import torch
+
+from p2_ddim.ddim import lerp, sample, slerp, stretch
+from utils import image_generators
+
+ALPHAS = [i / 10 for i in range(11)]
+
+
+def eta_grid(model, noises, etas=(0, 0.25, 0.5, 0.75, 1), steps=50, seed=0):
+    """(len(etas) * len(noises), 3, H, W): one row of faces per eta, one column per noise; torchvision's make_grid
+    with nrow=len(noises) lays them out. A column's added noise is the same random numbers in every row."""
+    x = torch.cat(list(noises))
+    return torch.cat([stretch(sample(model, x, steps, eta, image_generators(seed, range(len(x))))) for eta in etas])
+
+
+def interpolation_strip(model, x, y, path, alphas=ALPHAS, steps=50):
+    """(len(alphas), 3, H, W): the faces on the way from noise x to noise y, where `path` is slerp or lerp."""
+    return torch.cat([stretch(sample(model, path(x, y, alpha), steps)) for alpha in alphas])
+
+
+def norm_table(x, y, alphas=ALPHAS):
+    """Rows (alpha, norm of slerp, norm of lerp), norms divided by sqrt(number of values), so that noise has about 1.
+
+    Why lerp's middle is washed out: independent noises are nearly orthogonal, and the mean of two such vectors
+    is sqrt(1/2) as long. The network has never seen noise that weak at t = 981, takes it for a smooth image and
+    finds little noise to remove. Slerp keeps the length.
+    """
+    return [(alpha, *((path(x, y, alpha).norm() / x.numel() ** 0.5).item() for path in (slerp, lerp)))
+            for alpha in alphas]
+
+
+def steps_table(model, noise, steps=(5, 10, 20, 50, 100), reference=1000):
+    """Rows (steps, MSE on 0-255 against the images of `reference` steps) for the noises (B, 3, H, W), eta 0."""
+    truth = stretch(sample(model, noise, reference)).double()
+    return [(n, (stretch(sample(model, noise, n)).double() - truth).square().mean().item()) for n in steps]
