@@ -164,7 +164,7 @@ def main():
     what.add_argument("--train", type=Path, metavar="DATA_DIR", help="train on the data set in this folder (hw2_data)")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "Classifier.pth", help="the weights to use or to write")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--epochs", type=int_at_least(1), default=100, help="with --train: passes over the training images")
+    parser.add_argument("--epochs", type=int_at_least(1), default=60, help="with --train: passes over the training images")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="with --train: seed of weights, order and augmentation")
     args = parser.parse_args()
     device = pick_device(args.device)

@@ -38,24 +38,33 @@ def diffuse(x0, t, noise, alphas_cumprod):
     return alpha_bar.sqrt().to(x0.dtype) * x0 + (1 - alpha_bar).sqrt().to(x0.dtype) * noise
 
 
-def ddpm_loss(model, x0, labels, alphas_cumprod, null_label, label_drop=0.1):
-    """Algorithm 1 with label dropping (Ho & Salimans 2022, Algorithm 1).
+def velocity(x0, t, noise, alphas_cumprod):
+    """v of the same draw: the derivative of x_t along the arc from x_0 to noise (Salimans & Ho 2022, appendix D)."""
+    alpha_bar = alphas_cumprod[t][:, None, None, None]
+    return alpha_bar.sqrt().to(x0.dtype) * noise - (1 - alpha_bar).sqrt().to(x0.dtype) * x0
 
-    Returns (t, loss), both of shape (B,): the drawn steps and each image's mean squared error in eps.
+
+def ddpm_loss(model, x0, labels, alphas_cumprod, null_label, label_drop=0.1):
+    """Algorithm 1 with label dropping (Ho & Salimans 2022, Algorithm 1), in terms of v.
+
+    The network predicts v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x_0 (Salimans & Ho 2022, appendix D). Its error
+    is that of eps divided by sqrt(alpha-bar), so the noisy steps, which decide about the digit's shape, count for
+    more than in the plain loss, whose sum is nearly all texture. Returns (t, loss), both (B,): the drawn steps and
+    each image's mean squared error in v.
     """
     t = torch.randint(1, len(alphas_cumprod), (len(x0),), device=x0.device)
     noise = torch.randn_like(x0)
     labels = labels.masked_fill(torch.rand(len(x0), device=x0.device) < label_drop, null_label)
-    eps = model(diffuse(x0, t, noise, alphas_cumprod), t, labels)
-    return t, (eps - noise).square().flatten(1).mean(1)
+    v = model(diffuse(x0, t, noise, alphas_cumprod), t, labels)
+    return t, (v - velocity(x0, t, noise, alphas_cumprod)).square().flatten(1).mean(1)
 
 
 def guided_predictor(model, labels, null_label, alphas_cumprod, guidance, interval=(1, math.inf)):
     """predict(x, t) -> (x0, eps) under classifier-free guidance of the given strength.
 
-    eps = (1 + guidance) eps(x, y) - guidance eps(x)   (Ho & Salimans 2022, equation 6), so 0 is the plain
-    conditional model. Guidance acts only while interval[0] <= t <= interval[1] (Kynkaanniemi et al. 2024);
-    elsewhere the unconditional pass is skipped. x0 is clamped to [-1, 1], and eps is what that x0 implies.
+    v = (1 + guidance) v(x, y) - guidance v(x), which is equation 6 of Ho & Salimans 2022 since eps is linear in v;
+    0 is the plain conditional model. Guidance acts only while interval[0] <= t <= interval[1] (Kynkaanniemi et al.
+    2024); elsewhere the unconditional pass is skipped. x0 is clamped to [-1, 1], and eps is what that x0 implies.
     """
     null = torch.full_like(labels, null_label)
 
@@ -64,11 +73,11 @@ def guided_predictor(model, labels, null_label, alphas_cumprod, guidance, interv
         if guidance != 0 and interval[0] <= t <= interval[1]:
             both = model(torch.cat([x, x]), torch.cat([steps, steps]), torch.cat([labels, null]))
             conditional, unconditional = both.chunk(2)
-            eps = (1 + guidance) * conditional - guidance * unconditional
+            v = (1 + guidance) * conditional - guidance * unconditional
         else:
-            eps = model(x, steps, labels)
+            v = model(x, steps, labels)
         a, s = signal_and_noise(alphas_cumprod, t)
-        x0 = ((x - s * eps) / a).clamp(-1, 1)
+        x0 = (a * x - s * v).clamp(-1, 1)
         return x0, (x - a * x0) / s
 
     return predict

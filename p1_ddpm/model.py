@@ -1,4 +1,4 @@
-"""The conditional noise predictor eps(x_t, t, y) of problem 1: a compact UNet (Ho et al. 2020, appendix B).
+"""The conditional network of problem 1, v(x_t, t, y): a compact UNet (Ho et al. 2020, appendix B).
 
 It works on patches: a 28x28 RGB image becomes a 14x14 map of 2x2 patches with 12 channels and back
 (space to depth), which costs a quarter of a UNet at full resolution and shows no seams. Time and class
@@ -89,7 +89,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last[-1].weight)
 
     def forward(self, x, t, label):
-        """eps for noisy images x (B, 3, 28, 28) at steps t (B,) in 0 ... T-1 with labels (B,); float32."""
+        """v for noisy images x (B, 3, 28, 28) at steps t (B,) in 1 ... T with labels (B,); float32."""
         embedding = F.silu(self.time(timestep_embedding(t, self.width)) + self.label(label))
         h = self.first(F.pixel_unshuffle(x, self.patch))
         skips = []

@@ -32,7 +32,7 @@ def parse_args():
     parser.add_argument("output_dir", type=Path, help="folder for the images; made if need be, other files in it stay")
     parser.add_argument("checkpoint", type=Path, help="UNet.pt, p2_ddim/checkpoints/face64.pt or a file of train.py")
     parser.add_argument("--steps", type=int_at_least(1), default=50, help=f"sampling steps, at most {T}")
-    parser.add_argument("--eta", type=float_between(0, 1), default=0.0, help="noise per step: 0 none, 1 as much as DDPM")
+    parser.add_argument("--eta", type=float_between(0, 1), default=0.0, help="noise per step: 0 none, 1 as DDPM")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of that noise")
     parser.add_argument("--batch_size", type=int_at_least(1), default=1,
                         help="images drawn at a time; more is faster on a GPU only")
@@ -125,10 +125,10 @@ def main():
 
     def draw(batch):
         noise = torch.cat([load_noise(path) for _, path in batch]).to(device)
+        generators = image_generators(args.seed, [i for i, _ in batch])
         bar.n = drawn * args.steps  # counted anew when a batch that was too large is tried again
         with autocast(device, dtype):
-            return stretch(sample(model, noise, args.steps, args.eta, image_generators(args.seed, [i for i, _ in batch]),
-                                  on_step=lambda *_: bar.update(len(batch))))
+            return stretch(sample(model, noise, args.steps, args.eta, generators, lambda *_: bar.update(len(batch))))
 
     drawn = 0
     with tqdm(total=len(todo) * args.steps, unit="step") as bar:

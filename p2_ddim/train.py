@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -63,10 +63,7 @@ def load_images(path, size):
             image = Image.open(io.BytesIO(read(name))).convert("RGB")
         except (OSError, zipfile.BadZipFile):
             raise UserError(f"the image {name} of {path} is damaged; remove it or fetch it again")
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        images[i] = image.resize((size, size), Image.LANCZOS, box=(left, top, left + side, top + side))
+        images[i] = ImageOps.fit(image, (size, size), Image.LANCZOS)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset import DOMAINS, list_images, read_images  # noqa: E402
 from p3_dann.model import load_model, predict  # noqa: E402
-from utils import UserError, argument_parser, int_at_least, make_output_dir, pick_device, run, write_atomic  # noqa: E402
+from utils import (UserError, argument_parser, int_at_least, make_output_dir, pick_device, run,  # noqa: E402
+                   write_atomic)
 
 CHECKPOINTS = {domain: Path(__file__).parent / "checkpoints" / name for domain, name in dict(
     svhn="mnistm_svhn_dann.pt", usps="mnistm_usps_dann.pt", mnistm="mnistm_source.pt").items()}

@@ -108,6 +108,7 @@ def adapt_statistics(model, images, batch_size=512):
     Training normalises each domain by its own batches; this is what stands in for them at prediction time, so that
     a prediction depends on one image only. It also fits the statistics to the averaged weights.
     """
+    device = next(model.parameters()).device
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
@@ -115,7 +116,7 @@ def adapt_statistics(model, images, batch_size=512):
     model.train()
     batches = math.ceil(len(images) / batch_size)
     for first in range(batches):  # strided: every batch has all classes even when the images are sorted by class
-        model.features(standardize(images[first::batches]))
+        model.features(standardize(images[first::batches].to(device)))
     for norm in norms:
         norm.momentum = 0.1
     model.eval()

@@ -56,7 +56,8 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, help="where checkpoints go; "
                         "p3_dann/output/SOURCE_TARGET_MODE_sSEED when not given")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in --output_dir")
-    parser.add_argument("--dry_run", action="store_true", help="train two steps on small batches and stop")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="train two steps on small batches, into a folder of its own, and stop")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of weights, order and augmentation")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
@@ -136,7 +137,7 @@ def main():
         raise UserError(f"--source and --target are both {args.source}; adaptation needs two domains")
     if args.dry_run:
         args.epochs, args.batch_size = 1, min(args.batch_size, 8 * world_size)
-    output_dir = make_output_dir(args.output_dir)
+    output_dir = make_output_dir(args.output_dir / "dry_run" if args.dry_run else args.output_dir)
     recipe = {name: getattr(args, name) for name in ("source", "target", "mode", "seed", "epochs", "batch_size", "lr",
                                                      "weight_decay", "lambda_max", "ema")}
     last = output_dir / "last.pt"
@@ -145,7 +146,7 @@ def main():
         if state and state["recipe"][name] != value:
             raise UserError(f"{last} was trained with --{name} {state['recipe'][name]}, not {value}; "
                             "resume it with the same flags")
-    if not args.resume and last.exists():
+    if last.exists() and not (args.resume or args.dry_run):
         raise UserError(f"{output_dir} holds a training already; add --resume or name another --output_dir")
 
     images, labels, target_images = load_training_images(args.data_dir, args.source, args.target, args.mode)

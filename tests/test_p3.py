@@ -289,7 +289,7 @@ def test_dry_run_of_two_processes(tmp_path, data_dir):
                "--output_dir", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
-    model, recipe = load_model(tmp_path / "model.pt")
+    model, recipe = load_model(tmp_path / "dry_run" / "model.pt")
     assert recipe["mode"] == "dann" and predict(model, random_images(2)).isfinite().all()
 
 

@@ -69,9 +69,10 @@ def test_forward_equals_the_golden_values(full):
 
 
 def test_channel_scales_every_width(full, narrow):
+    weights = narrow.state_dict()
     for name, value in full.state_dict().items():  # kernels are 1 or 3 wide, images have 3 channels
-        assert narrow.state_dict()[name].shape == tuple(n // 4 if n > 3 else n for n in value.shape), name
-    assert channel_of(narrow.state_dict()) == 32 and channel_of(full.state_dict()) == 128
+        assert weights[name].shape == tuple(n // 4 if n > 3 else n for n in value.shape), name
+    assert channel_of(weights) == 32 and channel_of(full.state_dict()) == 128
     assert groups(128) == 32 and groups(256) == 32
 
 
@@ -94,8 +95,8 @@ def test_any_batch_and_any_size_divisible_by_32(narrow):
         torch.testing.assert_close(narrow(x[i:i + 1], t[i:i + 1]), out[i:i + 1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape, times", [((1, 3, 40, 32), 1), ((1, 4, 32, 32), 1), ((3, 32, 32), 3), ((0, 3, 32, 32), 0),
-                                          ((2, 3, 32, 32), 1), ((1, 3, 0, 32), 1)])
+@pytest.mark.parametrize("shape, times", [((1, 3, 40, 32), 1), ((1, 4, 32, 32), 1), ((3, 32, 32), 3),
+                                          ((0, 3, 32, 32), 0), ((2, 3, 32, 32), 1), ((1, 3, 0, 32), 1)])
 def test_other_inputs_are_refused_with_a_sentence(narrow, shape, times):
     with pytest.raises(ValueError, match="must h"):
         narrow(torch.zeros(shape), torch.zeros(times))
@@ -169,7 +170,8 @@ def test_weights_under_a_key_and_after_parallel_training_load(tmp_path):
                                  {"state_dict": {f"module.{name}": value for name, value in weights.items()}}]):
         torch.save(content, tmp_path / f"{i}.pt")
         loaded = load_unet(tmp_path / f"{i}.pt")
-        assert not loaded.training and all(torch.equal(loaded.state_dict()[name], weights[name]) for name in weights)
+        assert not loaded.training
+        assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
