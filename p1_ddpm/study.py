@@ -25,7 +25,7 @@ from utils import argument_parser, int_at_least, make_output_dir, pick_device, r
 # Each table varies some flags of inference.py and leaves the others at what the command line says.
 TABLES = {
     "guidance": [dict(guidance=g, interval=[1, 1000]) for g in (0.0, 0.5, 1.0, 2.0, 3.0)],
-    "interval": [dict(guidance=g, interval=i) for g in (1.0, 2.0) for i in ([1, 500], [250, 750], [500, 1000])],
+    "interval": [dict(guidance=g, interval=i) for g in (1.0, 2.0, 3.0) for i in ([400, 1000], [400, 900], [1, 600])],
     "steps": [dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (10, 15, 20, 50)],
     "reference": [dict(sampler="ddpm", steps=1000)],
     "seeds": [dict(seed=s) for s in range(5)],
