@@ -43,7 +43,7 @@ def add_sampling_arguments(parser):
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="dpmpp", help="the sampling method")
     parser.add_argument("--steps", type=int_at_least(1), default=20, help="sampling steps, at most T")
     parser.add_argument("--eta", type=float_between(0, 1), default=0.0, help="noise of the sampler ddim: 0 none, 1 as ddpm")
-    parser.add_argument("--guidance", type=float_between(0), default=1.0,
+    parser.add_argument("--guidance", type=float_between(0), default=2.0,
                         help="strength of classifier-free guidance; 0 is the plain conditional model")
     parser.add_argument("--interval", type=int_at_least(0), nargs=2, default=[1, 1000], metavar=("LOW", "HIGH"),
                         help="guidance acts while LOW <= t <= HIGH")

@@ -5,8 +5,7 @@
     python3 p2_ddim/train.py --data_dir img_align_celeba.zip --dry_run       # two steps, to see that all is in place
     torchrun --nproc_per_node=4 p2_ddim/train.py --data_dir img_align_celeba.zip   # --batch_size is for all together
 
-The defaults made p2_ddim/checkpoints/face64.pt from 9,000 CelebA faces in @@ hours on two CPU cores; the loss ended
-at @@. Writes into --output_dir:
+Writes into --output_dir:
     last.pt         everything that --resume needs, every --save_every steps
     model.pt        the averaged weights in half precision and the configuration, for inference.py
     metrics.jsonl   one line per checkpoint: loss, loss per quarter of the noise levels, learning rate, images/s

@@ -1,9 +1,9 @@
 """Trains one of the three experiments of problem 3: source only, DANN (Ganin et al., JMLR 2016), or target only.
 
-    python3 p3_dann/train.py --target svhn --mode dann        # MNIST-M -> SVHN: @@ %, @@ minutes on 2 CPU cores
-    python3 p3_dann/train.py --target usps --mode dann        # MNIST-M -> USPS: @@ %
-    python3 p3_dann/train.py --target svhn --mode source      # the lower bound: source labels, no target images (@@ %)
-    python3 p3_dann/train.py --target svhn --mode target      # the upper bound: target labels, no source images (@@ %)
+    python3 p3_dann/train.py --target svhn --mode dann        # MNIST-M -> SVHN
+    python3 p3_dann/train.py --target usps --mode dann        # MNIST-M -> USPS
+    python3 p3_dann/train.py --target svhn --mode source      # the lower bound: source labels, no target images
+    python3 p3_dann/train.py --target svhn --mode target      # the upper bound: target labels, no source images
     python3 p3_dann/train.py --target svhn --resume           # goes on where the last run stopped
     python3 p3_dann/train.py --target svhn --dry_run          # two steps, to see that all is in place
     torchrun --nproc_per_node=2 p3_dann/train.py              # several processes; --batch_size is for all together
