@@ -3,7 +3,8 @@
     bash hw2_2.sh hw2_data/face/noise out hw2_data/face/UNet.pt              # the course's weights, 256x256
     bash hw2_2.sh hw2_data/face/noise out hw2_data/face/UNet.pt --amp        # faster, not to the pixel
 
-In float32 the course's ground truth is met within one grey level. A UNet of p2_ddim/train.py is taken as well.
+Float32, the default, follows the conventions that gave the course's ground truth (see ddim.py). A UNet of
+p2_ddim/train.py is taken as well.
 """
 
 import sys
