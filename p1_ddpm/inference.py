@@ -49,7 +49,7 @@ def add_sampling_arguments(parser):
                         help="guidance acts while LOW <= t <= HIGH")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--batch_size", type=int_at_least(1), default=250, help="images drawn at a time")
+    parser.add_argument("--batch_size", type=int_at_least(1), default=100, help="images drawn at a time")
 
 
 def load_model(path, device):

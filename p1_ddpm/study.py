@@ -1,7 +1,7 @@
 """How guidance, sampler and number of steps trade accuracy, fidelity, diversity and time: the README's tables.
 
-    python3 p1_ddpm/study.py                       # every setting below, about @@ minutes on 2 CPU cores
-    python3 p1_ddpm/study.py --tables guidance   # one of the tables
+    python3 p1_ddpm/study.py                       # every setting below; the reference alone is two thirds of the time
+    python3 p1_ddpm/study.py --tables guidance     # one of the tables
 
 Draws 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output. Settings that
 are in that file already are not drawn again, so an interrupted study goes on. Prints the tables as Markdown.

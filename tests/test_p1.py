@@ -276,7 +276,7 @@ def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch):
 
 
 def test_two_processes_train_together(tmp_path, data_dir):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                            ROOT / "p1_ddpm/train.py", "--data_dir", data_dir, "--output_dir", tmp_path, "--dry_run",
                            "--device", "cpu", "--channels", "8", "16"],
                           capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})

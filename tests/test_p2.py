@@ -450,7 +450,7 @@ def test_slim_file_draws_as_the_average_does(tmp_path):
 
 
 def test_two_processes_train_together(faces, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29518",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                            ROOT / "p2_ddim/train.py", *map(str, tiny(faces, tmp_path / "out", "--dry_run"))],
                           capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

@@ -137,7 +137,10 @@ def test_write_atomic_is_whole_or_not_at_all(tmp_path, monkeypatch):
     def disk_full(*args):
         raise OSError(28, "No space left on device")
 
-    for error in (disk_full, lambda *args: os.kill(os.getpid(), signal.SIGINT)):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    for error in (disk_full, interrupted):
         monkeypatch.setattr(os, "replace", error)
         with pytest.raises((OSError, KeyboardInterrupt)):
             utils.write_atomic(path, b"new content")
@@ -253,6 +256,7 @@ def test_ema_follows_its_formula_and_resumes():
 def test_exit_status_and_message(tmp_path, monkeypatch, capsys, action, status, message):
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "script.py")])
     handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     returned = 0
     try:
         utils.run(lambda: exec(action, {"utils": utils, "os": os, "signal": signal}))
