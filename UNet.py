@@ -119,22 +119,6 @@ class Layer(nn.Module):
         return self.attention(self.resblocks(x, time))
 
 
-class Upsample(nn.Sequential):
-    """Nearest-neighbour x2, then the 3x3 convolution `.1`: as one 4x4 transposed convolution of stride 2.
-
-    The four pixels made of one are equal, so the kernel's taps that fall on them can be added up beforehand:
-    16 products for every 36, and the same result up to rounding.
-    """
-
-    def __init__(self, channel):
-        super().__init__(nn.Identity(), conv(channel, channel))
-
-    def forward(self, x):
-        weight = self[1].weight.flip(2, 3).transpose(0, 1)  # conv_transpose2d turns the kernel round
-        weight = sum(F.pad(weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))
-        return F.conv_transpose2d(x, weight, self[1].bias, stride=2, padding=1)
-
-
 class UNet(nn.Module):
     """model(x, time): the noise in x, of x's shape.
 
@@ -179,7 +163,7 @@ class UNet(nn.Module):
                 up.append(layer(width + pushed.pop(), out_width, level == ATTENTION_LEVEL))
                 width = out_width
             if level > 0:
-                up.append(Upsample(width))
+                up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv(width, width)))
 
         self.names = {}
         for part, layers in (("down", down), ("mid", mid), ("up", up)):

@@ -79,20 +79,44 @@ def test_scalar_run_is_the_courses():
             check_scalar_run(independent_loop(**wrong))
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_equals_diffusers(eta):
+def diffusers_sample(model, noise, eta=0.0, generators=None):
+    """The same conventions in an independent implementation."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=True,
                                         set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading")
     scheduler.set_timesteps(50)
-    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    generators, x = image_generators(5, [0, 1]), noise
+    x = noise
     for t in scheduler.timesteps:
         more = dict(variance_noise=randn(generators, noise.shape[1:])) if eta else {}
-        x = scheduler.step(tanh_model(x, t), t, x, eta=eta, **more).prev_sample
+        x = scheduler.step(model(x, t.expand(len(x))), t, x, eta=eta, **more).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_equals_diffusers(eta):
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = diffusers_sample(tanh_model, noise, eta, image_generators(5, [0, 1]))
     ours = sample(tanh_model, noise, eta=eta, generators=image_generators(5, [0, 1]))
-    torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
-    assert ours.std() > 0.2 and (stretch(ours).int() - stretch(x).int()).abs().max() <= 1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert ours.std() > 0.2 and (stretch(ours).int() - stretch(theirs).int()).abs().max() <= 1
+
+
+FACE64 = ROOT / "p2_ddim/checkpoints/face64.pt"
+
+
+@pytest.mark.skipif(not FACE64.exists(), reason="the face checkpoint is not there yet")
+@torch.no_grad()
+def test_committed_faces_equal_diffusers(tmp_path):
+    assert FACE64.stat().st_size <= 20e6
+    paths = sorted((ROOT / "p2_ddim/noise64").iterdir())
+    assert [path.name for path in paths] == [f"{i:02d}.pt" for i in range(10)]
+    model = inference.load_unet(FACE64)
+    noise = torch.cat([inference.load_noise(path) for path in paths[:2]])
+    assert noise.shape == (2, 3, 64, 64)
+    for ours, theirs in zip(stretch(sample(model, noise)), diffusers_sample(model, noise)):
+        save_image(theirs, tmp_path / "a.png", normalize=True)
+        difference = ours.permute(1, 2, 0).numpy() - np.asarray(Image.open(tmp_path / "a.png"), float)
+        assert (difference ** 2).mean() <= 0.01 and np.abs(difference).max() <= 1
 
 
 def test_sampler_tells_the_network_raw_steps_and_the_caller_every_state():
