@@ -236,7 +236,7 @@ def load_torch(path, what="file"):
                         "fetch it again")
 
 
-def load_checkpoint(path, kind, keys=("config", "ema")):
+def load_checkpoint(path, kind, keys):
     """Loads a dict written by save_checkpoint with kind=`kind` (such as 'p1_ddpm') and the given keys."""
     checkpoint = load_torch(path, "checkpoint")
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
@@ -244,7 +244,7 @@ def load_checkpoint(path, kind, keys=("config", "ema")):
     missing = [key for key in keys if key not in checkpoint]
     if missing:
         raise UserError(f"the checkpoint {path} lacks {', '.join(missing)}; "
-                        "training goes on only from the full file that --output_dir holds")
+                        "training goes on from last.pt, inference takes model.pt")
     return checkpoint
 
 

@@ -60,9 +60,8 @@ class Judge:
         self.classifier = load_classifier(classifier)
         self.train_images, self.train_labels, _ = load_split(data_dir, "mnistm", "train")
         self.val_images, self.val_labels, _ = load_split(data_dir, "mnistm", "val")
-        self.val_features, predicted = classify(self.classifier, self.val_images)
+        self.val_features, _ = classify(self.classifier, self.val_images)
         self.train_features, _ = classify(self.classifier, self.train_images)
-        self.val_accuracy = (predicted == self.val_labels).float().mean().item()
 
     def floor(self, labels, draws=10):
         """Frechet distance of real training digits with the classes of `labels`: (mean, standard deviation)."""

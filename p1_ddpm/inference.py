@@ -39,7 +39,9 @@ def parse_args():
 
 def add_sampling_arguments(parser):
     """The flags that say how images are drawn; evaluate.py and the report share them."""
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="a model.pt of train.py")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="a model.pt of train.py, or its last.pt")
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema",
+                        help="the averaged weights, or those of the last training step, which only last.pt holds")
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="dpmpp", help="the sampling method")
     parser.add_argument("--steps", type=int_at_least(1), default=20, help="sampling steps, at most T")
     parser.add_argument("--eta", type=float_between(0, 1), default=0.0, help="noise of the sampler ddim: 0 none, 1 as ddpm")
@@ -52,12 +54,12 @@ def add_sampling_arguments(parser):
     parser.add_argument("--batch_size", type=int_at_least(1), default=250, help="images drawn at a time")
 
 
-def load_model(path, device):
-    """(model, alphas_cumprod) of a checkpoint, with the averaged weights, in evaluation mode."""
-    checkpoint = load_checkpoint(path, "p1_ddpm", ["model_config", "schedule", "ema"])
-    model = UNet(**checkpoint["model_config"])
+def load_model(path, device, weights="ema"):
+    """(model, alphas_cumprod) of a checkpoint, in evaluation mode; weights: 'ema', the average, or 'model'."""
+    checkpoint = load_checkpoint(path, "p1_ddpm", ["model_config", "schedule", weights])
+    model, state = UNet(**checkpoint["model_config"]), checkpoint[weights]
     try:
-        model.load_state_dict(checkpoint["ema"])
+        model.load_state_dict(state.get("shadow", state))  # in last.pt the average comes with its count of updates
     except RuntimeError:
         raise UserError(f"the weights in {path} do not fit the network that it describes; fetch it again")
     return model.to(device).eval(), noise_schedule(*checkpoint["schedule"])
@@ -105,7 +107,7 @@ def main():
     if args.per_class > 999:
         raise UserError(f"--per_class {args.per_class} is above 999, the most that three-digit names can hold")
     device = pick_device(args.device)
-    model, alphas_cumprod = load_model(args.checkpoint, device)
+    model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     levels = check_steps(args, alphas_cumprod)
     output_dir = make_output_dir(args.output_dir)
     numbers = [(digit, number) for digit in range(10) for number in range(1, args.per_class + 1)]

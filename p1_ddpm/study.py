@@ -1,7 +1,8 @@
 """How guidance, sampler and number of steps trade accuracy, fidelity, diversity and time: the README's tables.
 
-    python3 p1_ddpm/study.py                       # every setting below; the reference alone is two thirds of the time
-    python3 p1_ddpm/study.py --tables guidance     # one of the tables
+    python3 p1_ddpm/study.py                       # all tables of the committed checkpoint
+    python3 p1_ddpm/study.py --tables guidance     # one of them
+    python3 p1_ddpm/study.py --tables ema --checkpoint p1_ddpm/output/last.pt   # during a training: is averaging worth it?
 
 Draws 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output. Settings that
 are in that file already are not drawn again, so an interrupted study goes on. Prints the tables as Markdown.
@@ -20,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from p1_ddpm.evaluate import Judge  # noqa: E402
 from p1_ddpm.inference import CHECKPOINT, add_sampling_arguments, check_steps, generate, load_model  # noqa: E402
-from utils import argument_parser, int_at_least, make_output_dir, pick_device, run, write_atomic  # noqa: E402
+from utils import (argument_parser, int_at_least, load_checkpoint, make_output_dir, pick_device, run,  # noqa: E402
+                   write_atomic)
 
 # Each table varies some flags of inference.py and leaves the others at what the command line says.
 TABLES = {
@@ -29,13 +31,15 @@ TABLES = {
     "steps": [dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (10, 15, 20, 50)],
     "reference": [dict(sampler="ddpm", steps=1000)],
     "seeds": [dict(seed=s) for s in range(5)],
+    "ema": [dict(weights=w) for w in ("ema", "model")],
 }
-FLAGS = ["sampler", "steps", "guidance", "interval", "seed"]
+FLAGS = ["sampler", "steps", "guidance", "interval", "seed", "weights"]
 
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which tables to make")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=[name for name in TABLES if name != "ema"],
+                        help="which tables to make; ema needs a last.pt")
     parser.add_argument("--output", type=Path, default=ROOT / "p1_ddpm/checkpoints/study.csv", help="the file of results")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--per_class", type=int_at_least(2), default=100, help="images of each digit")
@@ -67,16 +71,17 @@ def markdown(table):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    model, alphas_cumprod = load_model(args.checkpoint, device)
+    epochs = load_checkpoint(args.checkpoint, "p1_ddpm", ["metrics"])["metrics"][-1]["epoch"]
     make_output_dir(args.output.parent)
     judge = Judge(args.data_dir)
     rows = pd.read_csv(args.output).to_dict("records") if args.output.exists() else []
     for name in args.tables:
         for changes in TABLES[name]:
             setting = argparse.Namespace(**{**vars(args), **changes})
-            row = dict(table=name, **{flag: str(getattr(setting, flag)) for flag in FLAGS})
+            row = dict(table=name, epochs=str(epochs), **{flag: str(getattr(setting, flag)) for flag in FLAGS})
             if any(all(str(old[key]) == value for key, value in row.items()) for old in rows):
                 continue
+            model, alphas_cumprod = load_model(args.checkpoint, device, setting.weights)
             rows.append({**row, **measure(model, alphas_cumprod, judge, setting, device)})
             print(rows[-1], flush=True)
             write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())

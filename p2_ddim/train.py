@@ -14,7 +14,6 @@ Writes into --output_dir:
 
 import io
 import json
-import math
 import sys
 import time
 import zipfile
@@ -34,7 +33,7 @@ from p2_ddim.ddim import T, alphas_cumprod, sample, stretch  # noqa: E402
 from UNet import STRIDE, UNet  # noqa: E402
 from utils import (EMA, UserError, amp_dtype, argument_parser, autocast, float_between, grad_scaler,  # noqa: E402
                    image_generators, init_distributed, int_at_least, load_checkpoint, make_output_dir, randn, run,
-                   save_checkpoint, save_png, seed_all, write_atomic)
+                   save_checkpoint, save_png, seed_all, warmup_cosine, write_atomic)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -81,12 +80,6 @@ def loss_per_image(model, x0, t, noise, alpha_bar):
     ab = alpha_bar[t][:, None, None, None]
     x_t = ab.sqrt().float() * x0 + (1 - ab).sqrt().float() * noise
     return (model(x_t, t).float() - noise).square().mean(dim=(1, 2, 3))
-
-
-def learning_rate(step, total, highest, warmup):
-    """Linear warm-up, then half a cosine down to 0 at step `total`: small last steps sharpen the average."""
-    progress = max(0, step - warmup) / max(1, total - warmup)
-    return highest * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def save_slim(path, ema, config):
@@ -176,7 +169,7 @@ def main():
         with autocast(device, dtype):
             loss = loss_per_image(parallel, x0, t, torch.randn_like(x0), alpha_bar)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, args.lr, args.warmup)
+            group["lr"] = args.lr * warmup_cosine(step, total, args.warmup)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss.mean()).backward()
         scaler.unscale_(optimizer)

@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from p3_dann.model import grey, standardize
 
 
+# What the ablation can leave out.
+PARTS = ("geometry", "neighbours", "sharpness", "intensity")
+
+
 def uniform(low, high, count, device):
     """(count, 1, 1, 1) uniform random numbers, one for each image."""
     return torch.empty(count, 1, 1, 1, device=device).uniform_(low, high)
@@ -68,13 +72,25 @@ def random_intensity(images, scale=(0.25, 1.5), offset=0.5, noise=0.1):
     return images + torch.randn_like(images) * uniform(0, noise, count, device)
 
 
-def augment_source(images):
-    """uint8 (N, 3, 28, 28) of single digits to standardized float (N, 1, 28, 28), changed at random."""
-    views = random_affine(row_of_digits(grey(images)), zoom=(0.9, 1.5))
-    return random_intensity(standardize(random_sharpness(views)))
+def augment(images, zoom, row, without=()):
+    """uint8 (N, 3, 28, 28) to standardized float (N, 1, 28, 28), changed at random in every way but those in `without`.
+
+    row: show parts of other images of the batch as neighbours; without: names from PARTS, for the ablation.
+    """
+    views = grey(images)
+    if "geometry" not in without:
+        views = random_affine(row_of_digits(views) if row and "neighbours" not in without else views, zoom)
+    if "sharpness" not in without:
+        views = random_sharpness(views)
+    views = standardize(views)
+    return views if "intensity" in without else random_intensity(views)
 
 
-def augment_target(images):
-    """The same for unlabelled images, which show their digits as large and with such neighbours as they are."""
-    views = random_affine(grey(images), zoom=(0.9, 1.15))
-    return random_intensity(standardize(random_sharpness(views)))
+def augment_source(images, without=()):
+    """Views of images of single digits: also much larger, and with neighbours."""
+    return augment(images, (0.9, 1.5), True, without)
+
+
+def augment_target(images, without=()):
+    """Views of the target's images, which show their digits as large and with such neighbours as they are."""
+    return augment(images, (0.9, 1.15), False, without)

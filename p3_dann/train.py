@@ -23,7 +23,6 @@ How to read an epoch's line: `domain` is the discriminator's accuracy; 0.5 means
 """
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -37,11 +36,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset import DOMAINS, load_split  # noqa: E402
-from p3_dann.augment import augment_source, augment_target  # noqa: E402
+from p3_dann.augment import PARTS, augment_source, augment_target  # noqa: E402
 from p3_dann.model import Dann, adapt_statistics, lambda_schedule, predict  # noqa: E402
 from utils import (EMA, UserError, amp_dtype, argument_parser, autocast, float_between, grad_scaler,  # noqa: E402
                    init_distributed, int_at_least, load_checkpoint, make_output_dir, run, save_checkpoint, seed_all,
-                   write_atomic)
+                   warmup_cosine, write_atomic)
 
 STEPS_PER_EPOCH = 100  # the same in all modes, whatever the sizes of their data sets
 
@@ -70,6 +69,8 @@ def parse_args():
     optimisation.add_argument("--weight_decay", type=float_between(0), default=1e-3, help="AdamW's weight decay")
     optimisation.add_argument("--lambda_max", type=float_between(0), default=0.1, help="final weight of the adversary")
     optimisation.add_argument("--ema", type=float_between(0, 1), default=0.995, help="decay of the weight average")
+    optimisation.add_argument("--without", nargs="+", choices=PARTS, default=[],
+                              help="parts of the augmentation to leave out, to see what they give")
     args = parser.parse_args()
     args.output_dir = args.output_dir or ROOT / f"p3_dann/output/{args.source}_{args.target}_{args.mode}_s{args.seed}"
     return args
@@ -105,15 +106,6 @@ def hits(logits, labels):
     return (logits.argmax(dim=1) == labels).float().mean()
 
 
-def one_cycle(total, warmup=0.2):
-    """The learning rate's factor at each step: linear up over a fifth of the steps, then half a cosine down to 0."""
-    def factor(step):
-        progress = (step + 1) / (total + 1)
-        return progress / warmup if progress < warmup else 0.5 + 0.5 * math.cos(
-            math.pi * (progress - warmup) / (1 - warmup))
-    return factor
-
-
 def validation_accuracy(model, data_dir):
     """{domain: accuracy in %} on the validation digits of every domain that has labels in `data_dir`."""
     accuracy = {}
@@ -139,7 +131,7 @@ def main():
         args.epochs, args.batch_size = 1, min(args.batch_size, 8 * world_size)
     output_dir = make_output_dir(args.output_dir / "dry_run" if args.dry_run else args.output_dir)
     recipe = {name: getattr(args, name) for name in ("source", "target", "mode", "seed", "epochs", "batch_size", "lr",
-                                                     "weight_decay", "lambda_max", "ema")}
+                                                     "weight_decay", "lambda_max", "ema", "without")}
     last = output_dir / "last.pt"
     state = load_checkpoint(last, "p3_dann", ["recipe", "model", "optimizer"]) if args.resume else None
     for name, value in recipe.items():
@@ -165,9 +157,8 @@ def main():
     steps_per_epoch = 2 if args.dry_run else STEPS_PER_EPOCH
     total = args.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle(total))
     scaler = grad_scaler(dtype)
-    parts = dict(model=model, ema=ema, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     metrics = []
     if state:
         for name, part in parts.items():
@@ -185,12 +176,15 @@ def main():
             step = epoch * steps_per_epoch + i
             seed_all(args.seed, step, rank)
             lambda_ = lambda_schedule(step / total, args.lambda_max)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * warmup_cosine(step, total, max(1, total // 5))
             batch = torch.randint(len(images), (local_batch,)).to(device)
-            source_batch = augment(images[batch]).contiguous(memory_format=torch.channels_last)
+            source_batch = augment(images[batch], args.without).contiguous(memory_format=torch.channels_last)
             target_batch = None
             if target_images is not None:
                 other = torch.randint(len(target_images), (local_batch,)).to(device)
-                target_batch = augment_target(target_images[other]).contiguous(memory_format=torch.channels_last)
+                target_batch = augment_target(target_images[other], args.without).contiguous(
+                    memory_format=torch.channels_last)
             model.train()
             with autocast(device, dtype):
                 loss, report = losses(parallel, source_batch, labels[batch], target_batch, lambda_)
@@ -198,14 +192,13 @@ def main():
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            scheduler.step()
             ema.update(model)
             for name, value in report.items():
                 sums[name] = sums.get(name, 0) + value
         if rank != 0:
             continue
 
-        metrics.append(dict(epoch=epoch + 1, lambda_=round(lambda_, 4),
+        metrics.append(dict(epoch=epoch + 1, **(dict(lambda_=round(lambda_, 4)) if args.mode == "dann" else {}),
                             **{name: round(value.item() / steps_per_epoch, 4) for name, value in sums.items()},
                             seconds=round(time.time() - start, 1)))
         print(", ".join(f"{name} {value}" for name, value in metrics[-1].items()), flush=True)

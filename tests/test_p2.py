@@ -451,13 +451,6 @@ def test_loss_is_algorithm_1():
         torch.testing.assert_close(seen[0][i], ab ** 0.5 * x0[i] + (1 - ab) ** 0.5 * noise[i], rtol=0, atol=1e-6)
 
 
-def test_learning_rate_warms_up_and_ends_at_zero():
-    rates = [train.learning_rate(step, 100, 2.0, 10) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)]) and max(rates) == 2.0
-    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
 def test_slim_file_draws_as_the_average_does(tmp_path):
     """Half precision must not touch the time frequencies: at t = 981 their error would be half a turn."""
     torch.manual_seed(0)

@@ -168,20 +168,29 @@ def test_make_output_dir(tmp_path):
     assert os.listdir(tmp_path / "a" / "b c") == []
 
 
+# --- Training -----------------------------------------------------------------------------------
+
+def test_warmup_cosine_rises_then_falls_to_zero():
+    rates = [utils.warmup_cosine(step, 100, 10) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and max(rates) == 1
+    assert rates[55] == pytest.approx(0.5) and rates[100] == pytest.approx(0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
 # --- Checkpoints --------------------------------------------------------------------------------
 
 def test_checkpoint_comes_back(tmp_path):
     path = tmp_path / "last.pt"
     ema = {"weight": torch.randn(3, 2), "half": torch.randn(4).half()}
     utils.save_checkpoint(path, kind="p1_ddpm", config={"widths": [32, 64], "lr": 1e-3}, ema=ema, step=7)
-    content = utils.load_checkpoint(path, "p1_ddpm")
+    content = utils.load_checkpoint(path, "p1_ddpm", ["config", "ema"])
     assert content["format_version"] == utils.CHECKPOINT_VERSION and content["step"] == 7
     assert content["config"] == {"widths": [32, 64], "lr": 1e-3}
     assert all(torch.equal(content["ema"][key], ema[key]) for key in ema)
     with pytest.raises(UserError, match="not a checkpoint of p3_dann"):
-        utils.load_checkpoint(path, "p3_dann")
+        utils.load_checkpoint(path, "p3_dann", ["ema"])
     with pytest.raises(UserError, match="lacks optimizer, scheduler"):
-        utils.load_checkpoint(path, "p1_ddpm", keys=("config", "optimizer", "scheduler"))
+        utils.load_checkpoint(path, "p1_ddpm", ["config", "optimizer", "scheduler"])
 
 
 class Malicious:
@@ -197,7 +206,7 @@ class Malicious:
 def test_a_malicious_checkpoint_runs_nothing(tmp_path):
     torch.save({"kind": "p1_ddpm", "ema": Malicious(str(tmp_path / "ran"))}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="evil.pt is damaged or not made by torch.save"):
-        utils.load_checkpoint(tmp_path / "evil.pt", "p1_ddpm")
+        utils.load_checkpoint(tmp_path / "evil.pt", "p1_ddpm", ["ema"])
     assert not (tmp_path / "ran").exists()
     kwargs = {} if torch.__version__.startswith("2.0") else {"weights_only": False}
     torch.load(tmp_path / "evil.pt", **kwargs)  # the file is dangerous indeed
@@ -212,10 +221,10 @@ def test_missing_damaged_and_foreign_checkpoints(tmp_path):
         with pytest.raises(UserError, match="bad.pt is damaged"):
             utils.load_torch(tmp_path / "bad.pt")
     with pytest.raises(UserError, match="there is no checkpoint .*gone.pt"):
-        utils.load_checkpoint(tmp_path / "gone.pt", "p1_ddpm")
+        utils.load_checkpoint(tmp_path / "gone.pt", "p1_ddpm", ["ema"])
     torch.save(torch.zeros(2), tmp_path / "tensor.pt")
     with pytest.raises(UserError, match="not a checkpoint of p1_ddpm"):
-        utils.load_checkpoint(tmp_path / "tensor.pt", "p1_ddpm")
+        utils.load_checkpoint(tmp_path / "tensor.pt", "p1_ddpm", ["ema"])
 
 
 def test_ema_follows_its_formula_and_resumes():

@@ -1,0 +1,129 @@
+"""Every training behind the tables of problem 3, and the tables.
+
+    python3 p3_dann/experiments.py                        # 15 trainings, then the table: mean and deviation of 3 seeds
+    python3 p3_dann/experiments.py --tables ablation      # what each part of DANN gives: MNIST-M -> SVHN, one seed
+
+A training that is in --output_dir already is not repeated, an interrupted one goes on. Writes --output_dir/results.csv.
+With --publish, that file and the networks of seed 0 go to p3_dann/checkpoints, where inference.py looks for them:
+the seed was fixed before any was trained.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset import load_split  # noqa: E402
+from p3_dann.model import adapt_statistics, load_model, predict  # noqa: E402
+from utils import UserError, argument_parser, int_at_least, make_output_dir, run, write_atomic  # noqa: E402
+
+# name in checkpoints/: flags of train.py. The network of mode source has seen no target, so it serves both scenarios.
+MODELS = {
+    "mnistm_svhn_dann": "--target svhn --mode dann",
+    "mnistm_usps_dann": "--target usps --mode dann",
+    "mnistm_source": "--mode source",
+    "svhn_target": "--target svhn --mode target",
+    "usps_target": "--target usps --mode target",
+}
+ABLATION = {
+    "lambda_0": "--lambda_max 0", "lambda_0.03": "--lambda_max 0.03", "lambda_0.3": "--lambda_max 0.3",
+    "lambda_1": "--lambda_max 1", "no_geometry": "--without geometry", "no_neighbours": "--without neighbours",
+    "no_sharpness": "--without sharpness", "no_intensity": "--without intensity", "epochs_24": "--epochs 24",
+}
+SEEDS = (0, 1, 2)
+
+
+def parse_args():
+    parser = argument_parser(__doc__)
+    parser.add_argument("--tables", nargs="+", choices=["main", "ablation"], default=["main"], help="what to train")
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "hw2_data", help="the data set's folder")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "p3_dann/output/experiments",
+                        help="where the trainings go, a folder each")
+    parser.add_argument("--jobs", type=int_at_least(1), default=1,
+                        help="trainings at a time; they share the cores, and 2 on 2 cores are a little faster than 1")
+    parser.add_argument("--publish", action="store_true", help="replace what p3_dann/checkpoints holds")
+    return parser.parse_args()
+
+
+def trainings(tables):
+    """{folder: flags of train.py} of all trainings that the `tables` need."""
+    runs = {}
+    if "main" in tables:
+        runs |= {f"{name}_s{seed}": f"{flags} --seed {seed}" for seed in SEEDS for name, flags in MODELS.items()}
+    if "ablation" in tables:
+        runs |= {f"ablation_{name}": f"{MODELS['mnistm_svhn_dann']} {flags}" for name, flags in ABLATION.items()}
+    return runs
+
+
+def train(folder, flags, data_dir, jobs):
+    """Runs train.py into `folder` unless it is done; its output goes to folder/log.txt."""
+    if (folder / "model.pt").exists():
+        return
+    make_output_dir(folder)
+    command = [sys.executable, str(ROOT / "p3_dann/train.py"), "--data_dir", str(data_dir), "--output_dir",
+               str(folder), *flags.split(), *(["--resume"] if (folder / "last.pt").exists() else [])]
+    threads = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs))) if jobs > 1 else {}
+    with open(folder / "log.txt", "a") as log:
+        if subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **threads}).returncode:
+            raise UserError(f"the training in {folder} failed; its log.txt says why")
+    print(f"{folder.name}: {(folder / 'log.txt').read_text().splitlines()[-1]}", flush=True)
+
+
+def results(output_dir, data_dir):
+    """One row for each finished training in `output_dir` and domain: its validation accuracy in %, and the minutes.
+
+    Networks of mode source appear twice: as trained, and with the normalisation statistics of the unlabelled target
+    (statistics = target), as networks of mode dann have them.
+    """
+    rows = []
+    for folder in sorted(path.parent for path in output_dir.glob("*/model.pt")):
+        *epochs, last = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        row = dict(run=folder.name, mode=last["mode"], source=last["source"], seed=last["seed"],
+                   minutes=round(sum(epoch["seconds"] for epoch in epochs) / 60, 1))
+        statistics = {"source": "source"}.get(last["mode"], "target")
+        for domain, accuracy in last["validation_accuracy"].items():
+            if last["mode"] == "source" or domain == last["target"]:
+                rows.append(dict(row, target=domain, statistics=statistics, accuracy=accuracy))
+        for domain in ("svhn", "usps") if last["mode"] == "source" else ():
+            model, _ = load_model(folder / "model.pt")
+            adapt_statistics(model, load_split(data_dir, domain, "train", labelled=False)[0])
+            images, labels, _ = load_split(data_dir, domain, "val")
+            accuracy = (predict(model, images).argmax(dim=1) == labels).float().mean().item()
+            rows.append(dict(row, target=domain, statistics="target", accuracy=round(100 * accuracy, 2)))
+    return pd.DataFrame(rows)
+
+
+def main_table(table):
+    """Mean and standard deviation over the seeds, a row for each experiment and target."""
+    table = table[~table.run.str.startswith("ablation") & (table.target != "mnistm")]
+    return table.groupby(["target", "mode", "statistics"]).accuracy.agg(["mean", "std", "count"]).round(2)
+
+
+def main():
+    args = parse_args()
+    make_output_dir(args.output_dir)
+    load_split(args.data_dir, "mnistm", "val")  # a missing data set is reported before anything starts
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda run: train(args.output_dir / run[0], run[1], args.data_dir, args.jobs),
+                      trainings(args.tables).items()))
+    table = results(args.output_dir, args.data_dir)
+    text = table.to_csv(index=False).encode()
+    write_atomic(args.output_dir / "results.csv", text)
+    print(table.to_string(index=False), main_table(table).to_string(), sep="\n\n")
+    if args.publish:
+        checkpoints = ROOT / "p3_dann/checkpoints"
+        write_atomic(checkpoints / "results.csv", text)
+        for name in MODELS:
+            write_atomic(checkpoints / f"{name}.pt", (args.output_dir / f"{name}_s0/model.pt").read_bytes())
+        print("wrote p3_dann/checkpoints; now run: bash hw2_download.sh --update")
+
+
+if __name__ == "__main__":
+    run(main)
