@@ -97,7 +97,8 @@ def generate(model, alphas_cumprod, numbers, args, levels, device, keep=()):
             bar.update(len(batch))
         return to_uint8((x + 1) / 2).cpu(), {t: to_uint8((states[t] + 1) / 2).cpu() for t in keep}
 
-    with tqdm(total=len(numbers) * args.steps, desc="sampling", unit="image-step", unit_scale=True) as bar:
+    with tqdm(total=len(numbers) * args.steps, desc="sampling", unit="image-step", unit_scale=True,
+              disable=None) as bar:
         for batch, (images, states) in in_batches(draw, numbers, args.batch_size):
             yield batch, images, states
 

@@ -127,7 +127,7 @@ def main():
             return stretch(sample(model, noise, args.steps, args.eta, generators, lambda *_: bar.update(len(batch))))
 
     drawn = 0
-    with tqdm(total=len(todo) * args.steps, unit="step") as bar:
+    with tqdm(total=len(todo) * args.steps, unit="step", disable=None) as bar:
         for batch, images in in_batches(draw, todo, args.batch_size):
             for (_, path), image in zip(batch, images):
                 save_png(output_dir / f"{path.stem}.png", image)

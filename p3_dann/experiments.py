@@ -4,8 +4,8 @@
     python3 p3_dann/experiments.py --tables ablation      # what each part of DANN gives: MNIST-M -> SVHN, one seed
 
 A training that is in --output_dir already is not repeated, an interrupted one goes on. Writes --output_dir/results.csv.
-With --publish, that file and the networks of seed 0 go to p3_dann/checkpoints, where inference.py looks for them:
-the seed was fixed before any was trained.
+With --publish, that file and the networks of seed 0, each with its record, go to p3_dann/checkpoints, where
+inference.py looks for them: the seed was fixed before any was trained.
 """
 
 import json
@@ -121,7 +121,8 @@ def main():
         checkpoints = ROOT / "p3_dann/checkpoints"
         write_atomic(checkpoints / "results.csv", text)
         for name in MODELS:
-            write_atomic(checkpoints / f"{name}.pt", (args.output_dir / f"{name}_s0/model.pt").read_bytes())
+            for kind, file in ((".pt", "model.pt"), (".jsonl", "metrics.jsonl")):
+                write_atomic(checkpoints / (name + kind), (args.output_dir / f"{name}_s0" / file).read_bytes())
         print("wrote p3_dann/checkpoints; now run: bash hw2_download.sh --update")
 
 

@@ -37,22 +37,6 @@ def write_csv(path, rows):
     path.write_text("".join(f"{','.join(map(str, row))}\n" for row in rows))
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """The course's layout with 40 random digits a domain and split; USPS's are grey."""
-    root = tmp_path_factory.mktemp("hw2 data")
-    for number, domain in enumerate(("mnistm", "svhn", "usps")):
-        folder = root / "digits" / domain
-        (folder / "data").mkdir(parents=True)
-        for split in range(2):
-            names = [f"{split * 40 + i:05d}.png" for i in range(40)]
-            for i, name in enumerate(names):
-                save_image(folder / "data" / name, [number, split, i], "L" if domain == "usps" else "RGB")
-            write_csv(folder / ("train.csv", "val.csv")[split],
-                      [("image_name", "label"), *((name, i % 10) for i, name in enumerate(names))])
-    return root
-
-
 @pytest.fixture
 def tiny_network(monkeypatch):
     """Makes training use a network that is quick to train."""

@@ -1,0 +1,81 @@
+"""Problem 3's part of the report: the table of experiments, t-SNE pictures, confusion matrices, training curves."""
+
+import json
+
+import pandas as pd
+import torch
+
+from dataset import load_split
+from p3_dann.experiments import main_table
+from p3_dann.model import load_model, predict
+from p3_dann.tsne import picture
+from report.figures import BLUE, GREEN, ORANGE, VERMILION, plt, save
+from utils import UserError
+
+TARGETS = ("svhn", "usps")
+
+
+def confusion_matrix(model, data_dir, domain):
+    """Shares (10, 10) of the answers (columns) to each true digit (rows) on the validation images."""
+    images, labels, _ = load_split(data_dir, domain, "val")
+    answers = predict(model, images).argmax(dim=1)
+    counts = torch.bincount(10 * labels + answers, minlength=100).reshape(10, 10).float()
+    return counts / counts.sum(dim=1, keepdim=True)
+
+
+def confusion_figure(path, matrices):
+    """Draws {name: matrix of shares} side by side, the numbers in per cent."""
+    figure, axes = plt.subplots(1, len(matrices), figsize=(7.2, 3.6))
+    for ax, (name, shares) in zip(axes, matrices.items()):
+        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        ax.grid(False)
+        for row in range(10):
+            for column in range(10):
+                share = shares[row, column].item()
+                ax.text(column, row, round(100 * share), ha="center", va="center", fontsize=6,
+                        color="white" if share > 0.5 else "black")
+        ax.set(title=name, xlabel="answer", ylabel="true digit", xticks=range(10), yticks=range(10))
+    save(path, figure)
+
+
+def training_figure(path, metrics):
+    """Losses, accuracies and lambda over the epochs of the DANN trainings: {target: rows of metrics.jsonl}."""
+    figure, axes = plt.subplots(1, len(metrics), figsize=(7.2, 2.5), sharey=True)
+    for ax, (target, rows) in zip(axes, metrics.items()):
+        table = pd.DataFrame(rows)
+        for column, name, colour in (("source", "source accuracy", BLUE), ("domain", "domain accuracy", VERMILION),
+                                     ("domain_loss", "domain loss", ORANGE),
+                                     ("confident", "confident target images", GREEN)):
+            ax.plot(table.epoch, table[column], color=colour, label=name)
+        ax.plot(table.epoch, table.lambda_, "k:", label="lambda")
+        ax.set(title=f"MNIST-M to {target.upper()}", xlabel="epoch")
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    save(path, figure)
+
+
+def build(args, folder, device):
+    """Draws the figures into `folder` and returns the numbers that p3.typ shows."""
+    path = args.p3_checkpoints / "results.csv"
+    if not path.exists():
+        raise UserError(f"there is no {path}; p3_dann/experiments.py --publish makes it")
+    results = pd.read_csv(path)
+    count = 40 if args.quick else 1000
+    matrices, metrics, distances = {}, {}, {}
+    source_model, source_recipe = load_model(args.p3_checkpoints / "mnistm_source.pt", device)
+    for target in TARGETS:
+        name = f"mnistm_{target}_dann"
+        model, recipe = load_model(args.p3_checkpoints / f"{name}.pt", device)
+        metrics[target] = [json.loads(line) for line in (args.p3_checkpoints / f"{name}.jsonl").read_text().splitlines()]
+        metrics[target] = [row for row in metrics[target] if "epoch" in row]
+        matrices[f"DANN on {target.upper()}"] = confusion_matrix(model, args.data_dir, target)
+        distances[target] = dict(
+            before=picture(folder / f"p3_tsne_{target}_before.png", source_model, source_recipe, args.data_dir,
+                           "mnistm", target, count),
+            after=picture(folder / f"p3_tsne_{target}.png", model, recipe, args.data_dir, "mnistm", target, count))
+    confusion_figure(folder / "p3_confusion.png", matrices)
+    training_figure(folder / "p3_training.png", metrics)
+    main = main_table(results).reset_index()
+    return dict(
+        parameters=sum(p.numel() for p in model.parameters()), recipe=recipe, distances=distances,
+        training=metrics, main=json.loads(main.to_json(orient="records")),
+        runs=json.loads(results.to_json(orient="records")))

@@ -1,0 +1,162 @@
+"""The report from tiny checkpoints: every figure is there, the PDF is whole, the numbers are the records' own."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from p1_ddpm import study
+from p1_ddpm.model import UNet as DigitUNet
+from p2_ddim.train import save_slim
+from p3_dann import experiments
+from p3_dann.model import Dann
+from report import p1
+from UNet import UNet as FaceUNet
+from utils import UserError, save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def random_weights(model, seed):
+    """The model with weights that let every input matter (untrained ones are zero at the end)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def p1_checkpoint(tmp_path_factory, data_dir):
+    """A tiny network of problem 1 with 50 noise steps, and beside it the records of its training and its study."""
+    folder = tmp_path_factory.mktemp("p1")
+    config = dict(channels=[8, 16], blocks=1, dropout=0.0)
+    metrics = [dict(epoch=i, loss=1 / i, loss_quarters=[1 / i, 0.5, 0.4, 0.3], seconds=60.0) for i in (1, 2)]
+    save_checkpoint(folder / "ddpm.pt", kind="p1_ddpm", model_config=config, schedule=["cosine", 50],
+                    metrics=metrics[-1:], ema=random_weights(DigitUNet(**config), 0).state_dict(),
+                    model=random_weights(DigitUNet(**config), 1).state_dict())
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    with pytest.MonkeyPatch.context() as patch:
+        for _ in range(2):  # the second call finds everything done
+            patch.setattr(sys, "argv", ["study.py", "--tables", "guidance", "steps", "ema", "--per_class", "2",
+                                        "--checkpoint", str(folder / "ddpm.pt"), "--output", str(folder / "study.csv"),
+                                        "--data_dir", str(data_dir), "--device", "cpu"])
+            study.main()
+    return folder / "ddpm.pt"
+
+
+@pytest.fixture(scope="session")
+def p3_results(tmp_path_factory, data_dir):
+    """What experiments.py leaves: its output folder, with trainings replaced by untrained networks, and checkpoints."""
+    root = tmp_path_factory.mktemp("p3")
+    (root / "p3_dann/checkpoints").mkdir(parents=True)
+    trained = []
+
+    def train(folder, flags, data_dir, jobs):
+        if (folder / "model.pt").exists():
+            return
+        trained.append(folder.name)
+        folder.mkdir(parents=True)
+        words = flags.split()
+        given = {name[2:]: value for name, value in zip(words[::2], words[1::2])}
+        recipe = dict(source="mnistm", target=given.get("target", "svhn"), mode=given["mode"], seed=int(given["seed"]),
+                      lambda_max=0.1, epochs=2, batch_size=128, lr=0.003, ema=0.995)
+        model = random_weights(Dann(widths=(4, 4, 4), num_features=8), int(given["seed"]))
+        save_checkpoint(folder / "model.pt", kind="p3_dann", config=model.config, recipe=recipe, ema=model.state_dict())
+        epochs = [dict(epoch=i, lambda_=0.1, source=0.5, domain=0.6, domain_loss=0.6, confident=0.2, seconds=30)
+                  for i in (1, 2)]
+        accuracy = {"mnistm": 90.0, "svhn": 70.0 + recipe["seed"], "usps": 95.0}
+        (folder / "metrics.jsonl").write_text("".join(
+            json.dumps(line) + "\n" for line in [*epochs, dict(recipe, validation_accuracy=accuracy)]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "train", train)
+        patch.setattr(experiments, "ROOT", root)
+        patch.setattr(sys, "argv", ["experiments.py", "--data_dir", str(data_dir), "--output_dir", str(root / "output"),
+                                    "--publish"])
+        experiments.main()
+    assert len(trained) == 15
+    return root
+
+
+def test_table_of_experiments_is_mean_and_deviation_over_seeds(p3_results):
+    table = pd.read_csv(p3_results / "p3_dann/checkpoints/results.csv")
+    dann = experiments.main_table(table).loc["svhn", "dann", "target"]
+    assert (dann["mean"], dann["std"], dann["count"]) == (71.0, 1.0, 3)
+    # The source-only network appears with its own statistics and, computed anew, with each target's.
+    source = table[table["mode"] == "source"]
+    assert sorted(source[source.seed == 0][["target", "statistics"]].values.tolist()) == [
+        ["mnistm", "source"], ["svhn", "source"], ["svhn", "target"], ["usps", "source"], ["usps", "target"]]
+    assert set(table[table.run == "svhn_target_s1"].target) == {"svhn"}
+    shipped = p3_results / "p3_dann/checkpoints"
+    for name in experiments.MODELS:
+        assert (shipped / f"{name}.pt").read_bytes() == (p3_results / f"output/{name}_s0/model.pt").read_bytes()
+
+
+def test_study_measures_each_setting_once(p1_checkpoint):
+    table = pd.read_csv(p1_checkpoint.parent / "study.csv")
+    assert table.groupby("table").size().to_dict() == {
+        name: len(study.TABLES[name]) for name in ("guidance", "steps", "ema")}
+    ema = table[table.table == "ema"]
+    assert ema.weights.tolist() == ["ema", "model"] and ema.frechet.nunique() == 2
+
+
+def test_drawing_of_the_architecture_follows_the_module():
+    blocks = p1.trace(random_weights(DigitUNet(channels=(8, 16), blocks=2), 0))
+    names = [block["name"] for block in blocks]
+    assert names == ["first", "down_high.0", "down_high.1", "downsample", "down_low.0", "down_low.1", "middle.0",
+                     "middle.1", "middle.2", "up_low.0", "up_low.1", "upsample", "up_high.0", "up_high.1", "last"]
+    assert {block["name"]: block["skip"] for block in blocks if block["skip"]} == {
+        "up_low.0": "down_low.1", "up_low.1": "down_low.0", "up_high.0": "down_high.1", "up_high.1": "down_high.0"}
+    assert all(block["conditioned"] == (block["kind"] == "residual block") for block in blocks)
+    assert blocks[0]["channels"] == (12, 8) and blocks[-1]["channels"] == (8, 12) and blocks[6]["side"] == 7
+
+
+def build(tmp_path, *flags):
+    return subprocess.run([sys.executable, ROOT / "report/build.py", "--device", "cpu", "--output_dir",
+                           tmp_path / "the report", *map(str, flags)], capture_output=True, text=True, cwd=tmp_path)
+
+
+def test_report_builds_from_tiny_checkpoints(tmp_path, data_dir, p1_checkpoint, p3_results):
+    torch.manual_seed(0)
+    save_slim(tmp_path / "face.pt", random_weights(FaceUNet(channel=8), 0).state_dict(), dict(channel=8, size=32))
+    (tmp_path / "noise").mkdir()
+    for i in range(4):
+        torch.save(torch.randn(1, 3, 32, 32), tmp_path / f"noise/{i:02d}.pt")
+    done = build(tmp_path, "--quick", "--student_id", "r12345678", "--data_dir", data_dir, "--unet",
+                 tmp_path / "face.pt", "--noise", tmp_path / "noise", "--p1_checkpoint", p1_checkpoint,
+                 "--p3_checkpoints", p3_results / "p3_dann/checkpoints")
+    assert done.returncode == 0, done.stderr
+    pdf = (tmp_path / "the report/hw2_r12345678.pdf").read_bytes()
+    figures = set(re.findall(r'drawing\("(\w+)"', "".join(p.read_text() for p in ROOT.glob("report/p?.typ"))))
+    figures |= {f"p3_tsne_{target}{when}" for target in ("svhn", "usps") for when in ("", "_before")} - {"p3_tsne_"}
+    figures.discard("p3_tsne_")
+    made = {path.stem for path in (tmp_path / "the report/build").glob("*.png")}
+    assert figures == made and len(figures) == 18
+    assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
+    assert len(re.findall(rb"/Subtype\s*/Image", pdf)) >= len(figures)
+    numbers = json.loads((tmp_path / "the report/build/p1.json").read_text())
+    assert numbers["epochs"] == 2 and numbers["minutes"] == 2 and numbers["loss"] == 0.5
+
+    # One part alone: the others stay as they were.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "the report/build").iterdir()}
+    done = build(tmp_path, "--quick", "--only", "p1", "--data_dir", data_dir, "--p1_checkpoint", p1_checkpoint)
+    assert done.returncode == 0, done.stderr
+    changed = {path.name[:2] for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"p1"} and (tmp_path / "the report/report.pdf").stat().st_size > 0.9 * len(pdf)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--only", "p1", "--p1_checkpoint", "nowhere/ddpm.pt"], "there is no nowhere/metrics.jsonl"),
+    (["--only", "p3", "--p3_checkpoints", "nowhere"], "there is no nowhere/results.csv"),
+    (["--only", "p2", "--unet", "UNet.pt"], "--unet and --noise belong together"),
+    (["--student_id", "../x"], "letters and digits")])
+def test_mistakes_in_building_are_told(tmp_path, flags, message):
+    done = build(tmp_path, *flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.pdf"))
