@@ -1,6 +1,7 @@
-"""Random changes of digit images that leave the digit what it is, for a whole batch at once on its device.
+"""What is done to digit images before the network sees them, for a whole batch at once on its device.
 
-Between MNIST-M, SVHN and USPS the digits differ in place, size, slant, stroke, sharpness, contrast and polarity, and
+In training they are changed at random in ways that leave the digit what it is; a prediction averages over a few
+fixed views. Between MNIST-M, SVHN and USPS the digits differ in place, size, slant, stroke, sharpness, contrast and polarity, and
 street numbers have neighbours. Whatever the changes below can turn into each other is no longer a difference between
 the domains, and only the rest is left for the adversary to align. None of them needs to know the target's labels.
 
@@ -12,11 +13,25 @@ import math
 import torch
 import torch.nn.functional as F
 
-from p3_dann.model import grey, standardize
-
-
 # What the ablation can leave out.
 PARTS = ("geometry", "neighbours", "sharpness", "intensity")
+
+
+def grey(images):
+    """(N, C, 28, 28), uint8 or float 0..255, to float32 (N, 1, 28, 28): the mean of the channels."""
+    return images.float().mean(dim=1, keepdim=True)
+
+
+def standardize(images):
+    """Takes each image's own brightness, contrast and colour away.
+
+    images: (N, C, 28, 28), uint8 or float 0..255. Returns float32 (N, 1, 28, 28): grey, with mean 0 and deviation 1
+    (less where an image is nearly flat). What a number is painted with says nothing about its digits, but much about
+    its domain. Instance normalisation of the input as in Shu et al. 2018 (VADA).
+    """
+    centred = grey(images)
+    centred = centred - centred.mean(dim=(2, 3), keepdim=True)
+    return centred / (centred.square().mean(dim=(2, 3), keepdim=True).sqrt() + 2.5)
 
 
 def uniform(low, high, count, device):
@@ -70,6 +85,14 @@ def random_intensity(images, scale=(0.25, 1.5), offset=0.5, noise=0.1):
     sign = torch.randint(0, 2, (count, 1, 1, 1), device=device) * 2 - 1
     images = images * sign * uniform(*scale, count, device) + uniform(-offset, offset, count, device)
     return images + torch.randn_like(images) * uniform(0, noise, count, device)
+
+
+def views(images):
+    """Yields six standardized views of uint8 `images` (N, 3, 28, 28): three magnifications in both polarities."""
+    for zoom in (0.9, 1.0, 1.1):
+        view = standardize(random_affine(grey(images), zoom=(zoom, zoom), stretch=0, degrees=0, shear=0, shift=0))
+        yield view
+        yield -view
 
 
 def augment(images, zoom, row, without=()):

@@ -77,33 +77,37 @@ def train(folder, flags, data_dir, jobs):
 
 
 def results(output_dir, data_dir):
-    """One row for each finished training in `output_dir` and domain: its validation accuracy in %, and the minutes.
+    """One row for each finished training in `output_dir` and target: accuracy in % on the target's validation digits.
 
-    Networks of mode source appear twice: as trained, and with the normalisation statistics of the unlabelled target
-    (statistics = target), as networks of mode dann have them.
+    accuracy: as inference.py predicts, averaged over views; one_view: without that. Networks of mode source appear
+    twice: as trained, and with the normalisation statistics of the unlabelled target (statistics = target), as networks
+    of mode dann have them.
     """
     rows = []
     for folder in sorted(path.parent for path in output_dir.glob("*/model.pt")):
         *epochs, last = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        row = dict(run=folder.name, mode=last["mode"], source=last["source"], seed=last["seed"],
-                   minutes=round(sum(epoch["seconds"] for epoch in epochs) / 60, 1))
-        statistics = {"source": "source"}.get(last["mode"], "target")
-        for domain, accuracy in last["validation_accuracy"].items():
-            if last["mode"] == "source" or domain == last["target"]:
-                rows.append(dict(row, target=domain, statistics=statistics, accuracy=accuracy))
-        for domain in ("svhn", "usps") if last["mode"] == "source" else ():
-            model, _ = load_model(folder / "model.pt")
-            adapt_statistics(model, load_split(data_dir, domain, "train", labelled=False)[0])
-            images, labels, _ = load_split(data_dir, domain, "val")
-            accuracy = (predict(model, images).argmax(dim=1) == labels).float().mean().item()
-            rows.append(dict(row, target=domain, statistics="target", accuracy=round(100 * accuracy, 2)))
+        of_source = last["mode"] == "source"
+        for target in ("svhn", "usps") if of_source else (last["target"],):
+            images, labels, _ = load_split(data_dir, target, "val")
+            for statistics in ("source", "target") if of_source else ("target",):
+                model, _ = load_model(folder / "model.pt")
+                if of_source and statistics == "target":
+                    adapt_statistics(model, load_split(data_dir, target, "train", labelled=False)[0])
+                accuracy, one_view = (100 * (predict(model, images, average=average).argmax(dim=1) == labels)
+                                      .float().mean().item() for average in (True, False))
+                rows.append(dict(run=folder.name, mode=last["mode"], source=last["source"], target=target,
+                                 statistics=statistics, seed=last["seed"], accuracy=round(accuracy, 2),
+                                 one_view=round(one_view, 2),
+                                 minutes=round(sum(epoch["seconds"] for epoch in epochs) / 60, 1)))
     return pd.DataFrame(rows)
 
 
 def main_table(table):
-    """Mean and standard deviation over the seeds, a row for each experiment and target."""
-    table = table[~table.run.str.startswith("ablation") & (table.target != "mnistm")]
-    return table.groupby(["target", "mode", "statistics"]).accuracy.agg(["mean", "std", "count"]).round(2)
+    """Mean and standard deviation of the accuracy over the seeds, a row for each experiment and target."""
+    groups = table[~table.run.str.startswith("ablation")].groupby(["target", "mode", "statistics"])
+    columns = dict(mean=("accuracy", "mean"), std=("accuracy", "std"), one_view=("one_view", "mean"),
+                   seeds=("seed", "count"))
+    return groups.agg(**columns).round(2)
 
 
 def main():

@@ -13,24 +13,8 @@ import math
 import torch
 from torch import nn
 
+from p3_dann.augment import standardize, views
 from utils import UserError, in_batches, load_checkpoint
-
-
-def grey(images):
-    """(N, C, 28, 28), uint8 or float 0..255, to float32 (N, 1, 28, 28): the mean of the channels."""
-    return images.float().mean(dim=1, keepdim=True)
-
-
-def standardize(images):
-    """Takes each image's own brightness, contrast and colour away.
-
-    images: (N, C, 28, 28), uint8 or float 0..255. Returns float32 (N, 1, 28, 28): grey, with mean 0 and deviation 1
-    (less where an image is nearly flat). What a number is painted with says nothing about its digits, but much about
-    its domain. Instance normalisation of the input as in Shu et al. 2018 (VADA).
-    """
-    centred = grey(images)
-    centred = centred - centred.mean(dim=(2, 3), keepdim=True)
-    return centred / (centred.square().mean(dim=(2, 3), keepdim=True).sqrt() + 2.5)
 
 
 class GradientReversal(torch.autograd.Function):
@@ -123,17 +107,23 @@ def adapt_statistics(model, images, batch_size=512):
 
 
 @torch.no_grad()
-def predict(model, images, batch_size=500, output=None):
-    """Class probabilities (N, 10) of uint8 `images` (N, 3, 28, 28), or what the function `output` returns.
+def outputs(model, images, function, batch_size=500):
+    """What `function` returns for batches of uint8 `images` (N, 3, 28, 28) on the model's device, on the CPU as float32.
 
-    Puts the model into evaluation mode itself: in training mode an answer would depend on its batch. Works on the
-    model's device, whatever the device of `images`, and returns to the CPU.
+    Puts the model into evaluation mode itself: in training mode an answer would depend on its batch.
     """
     model.eval()
     device = next(model.parameters()).device
-    output = output or (lambda x: model(x).softmax(dim=1))
-    parts = in_batches(lambda batch: output(standardize(batch.to(device))).float().cpu(), images, batch_size)
+    parts = in_batches(lambda batch: function(batch.to(device)).float().cpu(), images, batch_size)
     return torch.cat([part for _, part in parts])
+
+
+def predict(model, images, batch_size=500, average=True):
+    """Class probabilities (N, 10) of uint8 `images` (N, 3, 28, 28): their mean over `views`, or of one plain view."""
+    def probabilities(batch):
+        looks = list(views(batch)) if average else [standardize(batch)]
+        return sum(model(look).softmax(dim=1) for look in looks) / len(looks)
+    return outputs(model, images, probabilities, batch_size)
 
 
 def load_model(path, device="cpu"):

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset import DOMAINS, load_split  # noqa: E402
-from p3_dann.model import adapt_statistics, load_model, predict  # noqa: E402
+from p3_dann.augment import standardize  # noqa: E402
+from p3_dann.model import adapt_statistics, load_model, outputs  # noqa: E402
 from utils import argument_parser, int_at_least, make_output_dir, run, write_atomic  # noqa: E402
 
 matplotlib.use("Agg")
@@ -41,7 +42,7 @@ def extract_features(model, images, own_statistics):
     if own_statistics:
         model = copy.deepcopy(model)
         adapt_statistics(model, images)
-    return predict(model, images, output=model.features).double().numpy()
+    return outputs(model, images, lambda batch: model.features(standardize(batch))).double().numpy()
 
 
 def proxy_a_distance(source_features, target_features, seed=0):

@@ -10,13 +10,15 @@ Where trainings or studies of hours are behind a number, it is read from the rec
 checkpoint: p1_ddpm/checkpoints/study.csv and metrics.jsonl, p3_dann/checkpoints/results.csv.
 """
 
+import importlib.util
+import io
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-import typst
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,8 +54,21 @@ def parse_args():
     return args
 
 
+def strip(folder, path, height=260):
+    """The README's picture: digits, faces and a t-SNE embedding side by side, from the report's figures."""
+    pictures = [Image.open(folder / name).convert("RGB") for name in ("p1_grid.png", "p2_eta.png", "p3_tsne_svhn.png")]
+    pictures = [picture.resize((round(picture.width * height / picture.height), height)) for picture in pictures]
+    canvas = Image.new("RGB", (sum(picture.width for picture in pictures), height), "white")
+    for i, picture in enumerate(pictures):
+        canvas.paste(picture, (sum(p.width for p in pictures[:i]), 0))
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG")
+    write_atomic(path, buffer.getvalue())
+
+
 def typeset(folder, output, title_extra):
     """Compiles report.typ with the numbers and figures in `folder` to the PDF file `output`."""
+    import typst
     parts = [name for name in PARTS if (folder / f"{name}.json").exists()]
     inputs = dict(build=str(folder.resolve()), parts=" ".join(parts), student=title_extra or "")
     try:
@@ -65,6 +80,8 @@ def typeset(folder, output, title_extra):
 
 def main():
     args = parse_args()
+    if not importlib.util.find_spec("typst"):
+        raise UserError("the package typst is missing; run: python3 -m pip install -r requirements-dev.txt")
     device = pick_device(args.device)
     if args.student_id and not args.student_id.isalnum():
         raise UserError(f"--student_id {args.student_id} must consist of letters and digits, it names the PDF")
@@ -80,6 +97,8 @@ def main():
     output = args.output_dir / (f"hw2_{args.student_id}.pdf" if args.student_id else "report.pdf")
     typeset(folder, output, args.student_id)
     print(f"wrote {output}")
+    if all((folder / f"{name}.json").exists() for name in PARTS):
+        strip(folder, args.output_dir / "strip.png")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,39 @@ def test_prediction_is_in_evaluation_mode_and_independent_of_the_batch():
     assert torch.allclose(expected.sum(dim=1), torch.ones(23), atol=1e-5)
 
 
+def test_prediction_is_the_mean_over_views():
+    seed_all(0)
+    model, images = Dann(**TINY), random_images(9)
+    adapt_statistics(model, images)
+    looks = list(augment.views(images))
+    plain = standardize(images)
+    assert len(looks) == 6 and torch.allclose(looks[2], plain, atol=1e-4) and torch.equal(looks[3], -looks[2])
+    assert all((looks[i] - looks[j]).abs().max() > 0.1 for i in range(6) for j in range(i))
+    with torch.no_grad():
+        mean = torch.stack([model(look).softmax(dim=1) for look in looks]).mean(dim=0)
+        assert torch.allclose(predict(model, images), mean, atol=1e-6)
+        assert torch.allclose(predict(model, images, average=False), model(plain).softmax(dim=1), atol=1e-6)
+    # The magnified view shows the middle of the image, larger.
+    square = torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
+    square[..., 4:24, 4:24] = 255
+    small, _, _, _, large, _ = (look > 0 for look in augment.views(square))
+    assert small.sum() < 20 ** 2 < large.sum()
+
+
+def test_parts_of_the_augmentation_can_be_left_out():
+    images = random_images(8)
+    assert torch.equal(augment.augment_source(images, augment.PARTS), standardize(images))
+    still = [part for part in augment.PARTS if part != "intensity"]
+    mirrored = augment.augment_target(images, still)  # only intensity: shape as before, up to polarity and noise
+    plain = standardize(images)
+    correlation = (mirrored * plain).mean(dim=(1, 2, 3)) / (mirrored.std(dim=(1, 2, 3)) * plain.std(dim=(1, 2, 3)))
+    assert (correlation.abs() > 0.8).all()
+    seed_all(0)
+    alone = augment.augment_source(images, ["neighbours"])
+    seed_all(0)
+    assert not torch.equal(alone, augment.augment_source(images))
+
+
 # --- Augmentation -------------------------------------------------------------------------------
 
 def test_augmentation_without_randomness_changes_nothing():

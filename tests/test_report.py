@@ -9,12 +9,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
+from dataset import load_split
 from p1_ddpm import study
 from p1_ddpm.model import UNet as DigitUNet
 from p2_ddim.train import save_slim
 from p3_dann import experiments
-from p3_dann.model import Dann
+from p3_dann.model import Dann, load_model, predict
 from report import p1
 from UNet import UNet as FaceUNet
 from utils import UserError, save_checkpoint
@@ -84,15 +86,26 @@ def p3_results(tmp_path_factory, data_dir):
     return root
 
 
-def test_table_of_experiments_is_mean_and_deviation_over_seeds(p3_results):
+def test_table_of_experiments_is_mean_and_deviation_over_seeds():
+    rows = [dict(run=f"{run}_s{seed}", target="svhn", mode="dann", statistics="target", seed=seed, accuracy=value,
+                 one_view=value - 2)
+            for run, values in (("mnistm_svhn_dann", (70, 71, 72)), ("ablation_x", (0, 0, 0)))
+            for seed, value in enumerate(values)]
+    assert experiments.main_table(pd.DataFrame(rows)).reset_index().to_dict("records") == [
+        dict(target="svhn", mode="dann", statistics="target", mean=71, std=1, one_view=69, seeds=3)]
+
+
+def test_results_are_measured_on_the_published_networks(p3_results, data_dir):
     table = pd.read_csv(p3_results / "p3_dann/checkpoints/results.csv")
-    dann = experiments.main_table(table).loc["svhn", "dann", "target"]
-    assert (dann["mean"], dann["std"], dann["count"]) == (71.0, 1.0, 3)
-    # The source-only network appears with its own statistics and, computed anew, with each target's.
+    # The source-only network appears with its own statistics and with each target's.
     source = table[table["mode"] == "source"]
     assert sorted(source[source.seed == 0][["target", "statistics"]].values.tolist()) == [
-        ["mnistm", "source"], ["svhn", "source"], ["svhn", "target"], ["usps", "source"], ["usps", "target"]]
+        ["svhn", "source"], ["svhn", "target"], ["usps", "source"], ["usps", "target"]]
     assert set(table[table.run == "svhn_target_s1"].target) == {"svhn"}
+    model, _ = load_model(p3_results / "output/mnistm_svhn_dann_s1/model.pt")
+    images, labels, _ = load_split(data_dir, "svhn", "val")
+    right = (predict(model, images).argmax(dim=1) == labels).float().mean().item()
+    assert table[table.run == "mnistm_svhn_dann_s1"].accuracy.item() == pytest.approx(100 * right, abs=0.01)
     shipped = p3_results / "p3_dann/checkpoints"
     for name in experiments.MODELS:
         assert (shipped / f"{name}.pt").read_bytes() == (p3_results / f"output/{name}_s0/model.pt").read_bytes()
@@ -133,6 +146,7 @@ def test_report_builds_from_tiny_checkpoints(tmp_path, data_dir, p1_checkpoint, 
                  "--p3_checkpoints", p3_results / "p3_dann/checkpoints")
     assert done.returncode == 0, done.stderr
     pdf = (tmp_path / "the report/hw2_r12345678.pdf").read_bytes()
+    assert Image.open(tmp_path / "the report/strip.png").height == 260
     figures = set(re.findall(r'drawing\("(\w+)"', "".join(p.read_text() for p in ROOT.glob("report/p?.typ"))))
     figures |= {f"p3_tsne_{target}{when}" for target in ("svhn", "usps") for when in ("", "_before")} - {"p3_tsne_"}
     figures.discard("p3_tsne_")
