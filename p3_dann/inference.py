@@ -37,7 +37,7 @@ def parse_args():
     parser.add_argument("--target", choices=["auto", *DOMAINS], default="auto", help="what the images are")
     parser.add_argument("--checkpoint", type=Path, help="a model.pt of train.py, whatever the target")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--batch_size", type=int_at_least(1), default=500, help="images at once; changes no answer")
+    parser.add_argument("--batch_size", type=int_at_least(1), default=100, help="images at once; changes no answer")
     return parser.parse_args()
 
 

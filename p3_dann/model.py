@@ -107,7 +107,7 @@ def adapt_statistics(model, images, batch_size=512):
 
 
 @torch.no_grad()
-def outputs(model, images, function, batch_size=500):
+def outputs(model, images, function, batch_size=100):
     """What `function` returns for batches of uint8 `images` (N, 3, 28, 28) on the model's device, on the CPU as float32.
 
     Puts the model into evaluation mode itself: in training mode an answer would depend on its batch.
@@ -118,7 +118,7 @@ def outputs(model, images, function, batch_size=500):
     return torch.cat([part for _, part in parts])
 
 
-def predict(model, images, batch_size=500, average=True):
+def predict(model, images, batch_size=100, average=True):
     """Class probabilities (N, 10) of uint8 `images` (N, 3, 28, 28): their mean over `views`, or of one plain view."""
     def probabilities(batch):
         looks = list(views(batch)) if average else [standardize(batch)]
@@ -137,4 +137,4 @@ def load_model(path, device="cpu"):
         model.load_state_dict(checkpoint["ema"])
     except RuntimeError:
         raise UserError(f"{path} does not hold the averaged weights alone; name the model.pt that lies beside it")
-    return model.to(device).eval(), checkpoint["recipe"]
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint["recipe"]
