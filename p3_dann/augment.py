@@ -88,7 +88,7 @@ def random_intensity(images, scale=(0.25, 1.5), offset=0.5, noise=0.1):
 
 
 def views(images):
-    """Yields three standardized views of uint8 `images` (N, 3, 28, 28): three magnifications, one of them inverted."""
+    """Three standardized views of uint8 `images` (N, 3, 28, 28): three magnifications, one of them inverted."""
     for zoom, polarity in ((0.9, 1), (1.0, -1), (1.1, 1)):
         still = random_affine(grey(images), zoom=(zoom, zoom), stretch=0, degrees=0, shear=0, shift=0)
         yield polarity * standardize(still)

@@ -87,17 +87,24 @@ def draw(path, points, digits, is_target, names, title):
     write_atomic(path, buffer.getvalue())
 
 
-def picture(path, model, recipe, data_dir, source, target, count=1000, seed=0):
-    """Draws `count` validation images of each domain into the PNG file `path`; returns the proxy A-distance.
+def sample_features(model, data_dir, domains, own_statistics, count=1000, seed=0):
+    """([features of each domain], [digits of each domain]) of `count` validation images of each of two domains.
 
-    The sample depends on `seed` alone, so pictures of different models show the same images.
+    The sample depends on `seed` alone, so pictures of different models show the same images. own_statistics: see
+    `extract_features`.
     """
     features, digits = [], []
-    for domain in (source, target):
+    for domain in domains:
         images, labels, _ = load_split(data_dir, domain, "val")
         chosen = np.random.default_rng(seed).permutation(len(images))[:count]
-        features.append(extract_features(model, images[chosen], own_statistics=recipe["mode"] == "dann"))
+        features.append(extract_features(model, images[chosen], own_statistics))
         digits.append(labels[chosen].numpy())
+    return features, digits
+
+
+def picture(path, model, recipe, data_dir, source, target, count=1000, seed=0):
+    """Draws `count` validation images of each domain into the PNG file `path`; returns the proxy A-distance."""
+    features, digits = sample_features(model, data_dir, (source, target), recipe["mode"] == "dann", count, seed)
     distance = proxy_a_distance(*features, seed)
     is_target = np.repeat([False, True], [len(f) for f in features])
     draw(path, embed(*features, seed), np.concatenate(digits), is_target, (source, target),

@@ -8,7 +8,7 @@ import torch
 from dataset import load_split
 from p3_dann.experiments import main_table
 from p3_dann.model import load_model, predict
-from p3_dann.tsne import picture
+from p3_dann.tsne import picture, proxy_a_distance, sample_features
 from report.figures import BLUE, GREEN, ORANGE, VERMILION, plt, save
 from utils import UserError
 
@@ -71,6 +71,7 @@ def build(args, folder, device):
         distances[target] = dict(
             before=picture(folder / f"p3_tsne_{target}_before.png", source_model, source_recipe, args.data_dir,
                            "mnistm", target, count),
+            statistics=proxy_a_distance(*sample_features(source_model, args.data_dir, ("mnistm", target), True, count)[0]),
             after=picture(folder / f"p3_tsne_{target}.png", model, recipe, args.data_dir, "mnistm", target, count))
     confusion_figure(folder / "p3_confusion.png", matrices)
     training_figure(folder / "p3_training.png", metrics)
