@@ -52,7 +52,7 @@ def parse_args():
     model.add_argument("--schedule", choices=["linear", "cosine"], default="cosine", help="noise schedule")
     model.add_argument("--noise_steps", type=int_at_least(2), default=1000, help="T, the number of noise steps")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=int_at_least(1), default=36, help="passes over the training images")
+    optimisation.add_argument("--epochs", type=int_at_least(1), default=24, help="passes over the training images")
     optimisation.add_argument("--batch_size", type=int_at_least(1), default=64, help="images per step")
     optimisation.add_argument("--lr", type=float_between(0), default=1e-3, help="highest learning rate")
     optimisation.add_argument("--warmup", type=int_at_least(1), default=500, help="steps of linear warm-up")

@@ -33,9 +33,9 @@ MODELS = {
     "usps_target": "--target usps --mode target",
 }
 ABLATION = {
-    "lambda_0": "--lambda_max 0", "lambda_0.03": "--lambda_max 0.03", "lambda_0.3": "--lambda_max 0.3",
-    "lambda_1": "--lambda_max 1", "no_geometry": "--without geometry", "no_neighbours": "--without neighbours",
-    "no_sharpness": "--without sharpness", "no_intensity": "--without intensity", "epochs_24": "--epochs 24",
+    "lambda_0": "--lambda_max 0", "lambda_1": "--lambda_max 1", "no_geometry": "--without geometry",
+    "no_neighbours": "--without neighbours", "no_intensity": "--without intensity",
+    "no_sharpness": "--without sharpness", "lambda_0.3": "--lambda_max 0.3",
 }
 SEEDS = (0, 1, 2)
 

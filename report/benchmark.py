@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -38,18 +37,24 @@ def parse_args():
     return parser.parse_args()
 
 
+# A process begins with the memory of the one that forked it, so a small one stands between this and the command.
+LAUNCHER = """
+import resource, subprocess, sys, time
+start = time.time()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+sys.stderr.buffer.write(done.stderr)
+print(time.time() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)
+"""
+
+
 def measure(command):
     """(seconds, peak resident memory in MiB) of a command; UserError with its last line when it fails."""
-    start = time.time()
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            errors.seek(0)
-            raise UserError(f"{Path(command[1]).name} failed: {errors.read().decode().strip().splitlines()[-1:]}")
-    unit = 1024 if sys.platform == "darwin" else 1  # macOS counts in bytes, Linux in KiB
-    return time.time() - start, usage.ru_maxrss / unit / 1024
+    done = subprocess.run([sys.executable, "-c", LAUNCHER, *map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{Path(command[1]).name} failed: {''.join(done.stderr.strip().splitlines()[-1:])}")
+    seconds, memory = map(float, done.stdout.split())
+    return seconds, memory / 1024 / (1024 if sys.platform == "darwin" else 1)  # macOS counts in bytes, Linux in KiB
 
 
 def make_inputs(folder, args):

@@ -17,7 +17,7 @@ from p1_ddpm.model import UNet as DigitUNet
 from p2_ddim.train import save_slim
 from p3_dann import experiments
 from p3_dann.model import Dann, load_model, predict
-from report import p1
+from report import benchmark, p1
 from UNet import UNet as FaceUNet
 from utils import UserError, save_checkpoint
 
@@ -163,6 +163,16 @@ def test_report_builds_from_tiny_checkpoints(tmp_path, data_dir, p1_checkpoint, 
     assert done.returncode == 0, done.stderr
     changed = {path.name[:2] for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"p1"} and (tmp_path / "the report/report.pdf").stat().st_size > 0.9 * len(pdf)
+
+
+def test_benchmark_measures_one_command_at_a_time(tmp_path):
+    (tmp_path / "big.py").write_text("x = bytearray(300 << 20)")
+    (tmp_path / "small.py").write_text("")
+    (tmp_path / "broken.py").write_text("import sys; sys.exit('no device')")
+    big, small = (benchmark.measure([sys.executable, tmp_path / f"{name}.py"]) for name in ("big", "small"))
+    assert big[1] > 300 > small[1] > 1 and big[0] > 0
+    with pytest.raises(UserError, match="broken.py failed: .*no device"):
+        benchmark.measure([sys.executable, tmp_path / "broken.py"])
 
 
 @pytest.mark.parametrize("flags, message", [
