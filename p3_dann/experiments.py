@@ -1,6 +1,7 @@
 """Every training behind the tables of problem 3, and the tables.
 
     python3 p3_dann/experiments.py --jobs 2               # 15 trainings, then the table: mean and deviation of 3 seeds
+    python3 p3_dann/experiments.py --tables lambda        # DANN with a weak adversary, 3 seeds
     python3 p3_dann/experiments.py --tables ablation      # what each part of DANN gives: MNIST-M -> SVHN, one seed
 
 The first takes 45 minutes on 2 CPU cores. A training that is in --output_dir already is not repeated, an interrupted
@@ -33,16 +34,16 @@ MODELS = {
     "usps_target": "--target usps --mode target",
 }
 ABLATION = {
-    "lambda_0": "--lambda_max 0", "lambda_1": "--lambda_max 1", "no_geometry": "--without geometry",
+    "lambda_0": "--lambda_max 0", "lambda_0.3": "--lambda_max 0.3", "no_geometry": "--without geometry",
     "no_neighbours": "--without neighbours", "no_intensity": "--without intensity",
-    "no_sharpness": "--without sharpness", "lambda_0.3": "--lambda_max 0.3",
+    "no_sharpness": "--without sharpness",
 }
 SEEDS = (0, 1, 2)
 
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("--tables", nargs="+", choices=["main", "ablation"], default=["main"], help="what to train")
+    parser.add_argument("--tables", nargs="+", choices=["main", "lambda", "ablation"], default=["main"], help="what to train")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "p3_dann/output/experiments",
                         help="where the trainings go, a folder each")
@@ -57,6 +58,9 @@ def trainings(tables):
     runs = {}
     if "main" in tables:
         runs |= {f"{name}_s{seed}": f"{flags} --seed {seed}" for seed in SEEDS for name, flags in MODELS.items()}
+    if "lambda" in tables:
+        runs |= {f"lambda_0.1_{target}_s{seed}": f"--target {target} --mode dann --lambda_max 0.1 --seed {seed}"
+                 for seed in SEEDS for target in ("svhn", "usps")}
     if "ablation" in tables:
         runs |= {f"ablation_{name}": f"{MODELS['mnistm_svhn_dann']} {flags}" for name, flags in ABLATION.items()}
     return runs
@@ -103,8 +107,9 @@ def results(output_dir, data_dir):
 
 
 def main_table(table):
-    """Mean and standard deviation of the accuracy over the seeds, a row for each experiment and target."""
-    groups = table[~table.run.str.startswith("ablation")].groupby(["target", "mode", "statistics"])
+    """Mean and standard deviation of the accuracy over the seeds, a row for each experiment of MODELS and target."""
+    main = table.run.str.rsplit("_s", n=1).str[0].isin(MODELS)
+    groups = table[main].groupby(["target", "mode", "statistics"])
     columns = dict(mean=("accuracy", "mean"), std=("accuracy", "std"), one_view=("one_view", "mean"),
                    seeds=("seed", "count"))
     return groups.agg(**columns).round(2)

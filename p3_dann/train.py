@@ -67,7 +67,7 @@ def parse_args():
     optimisation.add_argument("--batch_size", type=int_at_least(2), default=128, help="images per step and domain")
     optimisation.add_argument("--lr", type=float_between(0), default=3e-3, help="highest learning rate")
     optimisation.add_argument("--weight_decay", type=float_between(0), default=1e-3, help="AdamW's weight decay")
-    optimisation.add_argument("--lambda_max", type=float_between(0), default=0.1, help="final weight of the adversary")
+    optimisation.add_argument("--lambda_max", type=float_between(0), default=1.0, help="final weight of the adversary")
     optimisation.add_argument("--ema", type=float_between(0, 1), default=0.995, help="decay of the weight average")
     optimisation.add_argument("--without", nargs="+", choices=PARTS, default=[],
                               help="parts of the augmentation to leave out, to see what they give")

@@ -76,7 +76,8 @@ def build(args, folder, device):
     confusion_figure(folder / "p3_confusion.png", matrices)
     training_figure(folder / "p3_training.png", metrics)
     main = main_table(results).reset_index()
+    weak = results[results.run.str.startswith("lambda_0.1")].groupby("target").accuracy.agg(["mean", "std"])
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), recipe=recipe, distances=distances,
-        training=metrics, main=json.loads(main.to_json(orient="records")),
+        weak=json.loads(weak.to_json(orient="index")), training=metrics, main=json.loads(main.to_json(orient="records")),
         runs=json.loads(results.to_json(orient="records")))
