@@ -4,7 +4,7 @@
     python3 report/benchmark.py --quick       # a minute: fewer images and steps, as the table says
 
 Problem 2 runs on random weights of the course's network at 256x256, which cost what trained ones cost, unless --unet
-and --noise name its files. Problem 3 gets images of random noise, which are the slowest to decode. Writes
+and --noise name its files. Problem 3 gets images of random noise. Writes
 --output, a CSV file, and prints the same as a table. Let nothing else run beside it.
 """
 

@@ -66,11 +66,11 @@ def strip(folder, path, height=260):
     write_atomic(path, buffer.getvalue())
 
 
-def typeset(folder, output, title_extra):
+def typeset(folder, output, student_id):
     """Compiles report.typ with the numbers and figures in `folder` to the PDF file `output`."""
     import typst
     parts = [name for name in PARTS if (folder / f"{name}.json").exists()]
-    inputs = dict(build=str(folder.resolve()), parts=" ".join(parts), student=title_extra or "")
+    inputs = dict(build=str(folder.resolve()), parts=" ".join(parts), student=student_id or "")
     try:
         pdf = typst.compile(str(ROOT / "report/report.typ"), root="/", sys_inputs=inputs)
     except RuntimeError as error:
