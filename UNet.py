@@ -119,6 +119,14 @@ class Layer(nn.Module):
         return self.attention(self.resblocks(x, time))
 
 
+class Upsample(nn.Module):
+    """Twice as high and wide, every pixel a square of four."""
+
+    def forward(self, x):
+        # Through float32: before PyTorch 2.1 a GPU could not do it in bfloat16.
+        return F.interpolate(x.float(), scale_factor=2).to(x.dtype)
+
+
 class UNet(nn.Module):
     """model(x, time): the noise in x, of x's shape.
 
@@ -163,7 +171,7 @@ class UNet(nn.Module):
                 up.append(layer(width + pushed.pop(), out_width, level == ATTENTION_LEVEL))
                 width = out_width
             if level > 0:
-                up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv(width, width)))
+                up.append(nn.Sequential(Upsample(), conv(width, width)))
 
         self.names = {}
         for part, layers in (("down", down), ("mid", mid), ("up", up)):

@@ -7,7 +7,7 @@ Takes about a minute on two CPU cores. The public files may lie anywhere below -
 
     MNIST    {train,t10k}-{images-idx3,labels-idx1}-ubyte, with or without .gz
     USPS     usps.bz2, usps.t.bz2 (LIBSVM's text format)
-    SVHN     {train,test}_32x32.mat (format 2), or a part of them such as test_32x32_first8000.mat
+    SVHN     {train,test,extra}_32x32.mat (format 2) as far as they are there, whole or in part (test_32x32_first8000.mat)
     BSDS500  BSR_bsds500.tgz, or unpacked: .../images/train/*.jpg
 
 The official training and test digits, whichever are there, are pooled and split 64/16/20 into train,
@@ -72,15 +72,21 @@ def read(path, reader):
     try:
         return reader(path)
     except Exception as error:  # gzip, bz2, tar, MATLAB and JPEG each fail in their own ways
-        raise UserError(f"the file {path} is damaged ({error or type(error).__name__}); delete it and fetch it again")
+        raise UserError(f"the file {path} is damaged ({str(error) or type(error).__name__}); delete it and fetch it again")
 
 
 def find(source_dir, *patterns):
-    """The first file below `source_dir` that matches one of the patterns, or None."""
+    """The first file below `source_dir` that matches one of the patterns, or None.
+
+    UserError when such files lie in several folders: other data sets (Fashion-MNIST) use MNIST's file names.
+    """
     for pattern in patterns:
-        for path in sorted(Path(source_dir).rglob(pattern)):
-            if path.is_file():
-                return path
+        files = sorted(path for path in Path(source_dir).rglob(pattern) if path.is_file())
+        folders = sorted({str(file.parent) for file in files})
+        if len(folders) > 1:
+            raise UserError(f"{pattern} lies in {' and in '.join(folders)}; leave it in one of them, or name that one")
+        if files:
+            return files[0]
 
 
 # --- The public data sets, official training digits first -----------------------------------------
@@ -91,7 +97,9 @@ def read_mnist(source_dir):
     for part in ("train", "t10k"):
         names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
         files = [find(source_dir, name, f"{name}.gz") for name in names]
-        if all(files):
+        if any(files) and not all(files):
+            raise UserError(f"{source_dir} holds only one of {' and '.join(names)}; put the other one beside it")
+        if any(files):
             parts.append([read(file, read_idx) for file in files])
     return pool(parts, source_dir, "MNIST (train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz)")
 
@@ -127,6 +135,9 @@ def pool(parts, source_dir, what):
     """Joins the (images, labels) of the splits that were found."""
     if not parts:
         raise missing(source_dir, what)
+    for images, labels in parts:
+        if len(images) != len(labels):
+            raise UserError(f"{source_dir} holds {len(images)} images but {len(labels)} labels of {what}; fetch both anew")
     return [np.concatenate(arrays) for arrays in zip(*parts)]
 
 

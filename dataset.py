@@ -51,7 +51,7 @@ def _decode(path, size):
     except FileNotFoundError:
         raise UserError(f"there is no image {path}; check the path")
     except Exception as error:  # each of Pillow's decoders has its own ways to fail
-        raise UserError(f"the image {path} is truncated or not an image ({error or type(error).__name__}); "
+        raise UserError(f"the image {path} is truncated or not an image ({str(error) or type(error).__name__}); "
                         "replace the file")
 
 

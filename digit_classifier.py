@@ -9,6 +9,7 @@ split, which it never trains on.
 """
 
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -54,7 +55,7 @@ def load_classifier(path=ROOT / "Classifier.pth", device="cpu"):
     model = Classifier()
     try:
         model.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, TypeError, RuntimeError):
+    except (KeyError, IndexError, TypeError, RuntimeError):
         raise UserError(f"{path} does not hold this classifier's weights under the key 'state_dict'; "
                         "fetch Classifier.pth again or train it with --train")
     return model.to(device).eval()
@@ -88,10 +89,11 @@ def grade(folder, model, device="cpu"):
     names = list_images(folder)
     foreign = {name for name in names if not name[0].isdecimal()}
     surplus, missing = set(names) - foreign - expected_names(), expected_names() - set(names)
-    for found, what in ((foreign, "not graded, their names do not begin with a digit"),
+    others = set(os.listdir(folder)) - set(names)
+    for found, what in ((others, "not graded, they are no images"), (foreign, "not graded, their names do not begin with a digit"),
                         (surplus, "graded, but not among 0_001.png ... 9_100.png"), (missing, "missing")):
         if found:
-            print(f"warning: {len(found)} image(s) {what}: {some(found)}", file=sys.stderr)
+            print(f"warning: {len(found)} file(s) {what}: {some(found)}", file=sys.stderr)
     names = [name for name in names if name not in foreign]
     if not names:
         raise UserError(f"no image in {folder} has a name that begins with its digit, such as 7_001.png")
@@ -129,8 +131,7 @@ def train(data_dir, checkpoint, device, epochs, seed, batch_size=128, lr=3e-3):
     """Trains on MNIST-M's training split, prints the validation accuracy per epoch, saves the averaged weights."""
     images, labels, _ = load_split(data_dir, "mnistm", "train")
     validation_images, validation_labels, _ = load_split(data_dir, "mnistm", "val")
-    if len(images) < batch_size:
-        raise UserError(f"the batch of {batch_size} images is larger than the {len(images)} training images in {data_dir}")
+    batch_size = min(batch_size, len(images))
     images, labels = images.to(device), labels.to(device)
     seed_all(seed)
     model, averaged = Classifier().to(device), Classifier().to(device).eval()
@@ -169,6 +170,8 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.train:
+        if args.checkpoint.is_dir():
+            raise UserError(f"--checkpoint {args.checkpoint} is a folder; name a file in it")
         make_output_dir(args.checkpoint.parent)
         train(args.train, args.checkpoint, device, args.epochs, args.seed)
     else:

@@ -20,9 +20,11 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")"
 course_zip="https://drive.google.com/uc?id=1XUl4tqq3kKyWRe2lyHZ8s7U9yc_x3mWT"
 
-complete() {
+incomplete() {  # the first domain that is not whole
     for domain in mnistm svhn usps; do
-        [ -f "hw2_data/digits/$domain/train.csv" ] || return 1
+        for part in data train.csv val.csv; do
+            [ -e "hw2_data/digits/$domain/$part" ] || { echo "hw2_data/digits/$domain"; return; }
+        done
     done
 }
 
@@ -33,20 +35,31 @@ from_course() {
     python3 -m zipfile -e .hw2_data.partial/hw2_data.zip .hw2_data.partial || return 1
     root="$(find .hw2_data.partial -type d -name digits -not -path '*/__MACOSX/*' | head -n 1)"
     [ -n "$root" ] || return 1
+    local parts=(digits/mnistm digits/svhn digits/usps face)
+    for part in "${parts[@]}"; do  # all or nothing: the zip's data are not to be mixed with another source's
+        [ -e "$root/../$part" ] || return 1
+    done
     mkdir -p hw2_data/digits
-    for part in digits/mnistm digits/svhn digits/usps face; do
-        [ -e "hw2_data/$part" ] || mv "$root/../$part" "hw2_data/$part" || return 1
+    for part in "${parts[@]}"; do
+        [ -e "hw2_data/$part" ] || mv "$root/../$part" "hw2_data/$part"
     done
 }
 
-if complete; then
+if [ -z "$(incomplete)" ] && { [ -n "$source_dir" ] || [ -e hw2_data/face ]; }; then
     echo "hw2_data/ is complete already; nothing was changed"
 elif [ -n "$source_dir" ]; then
     python3 build_dataset.py --source_dir "$source_dir" --data_dir hw2_data
     echo "hw2_data/digits/ was built from the public files in $source_dir"
 elif from_course; then
     rm -rf .hw2_data.partial
-    echo "hw2_data/ comes from the course's zip"
+    if [ -n "$(incomplete)" ]; then
+        echo "get_dataset.sh: error: $(incomplete) was there already but is not whole; move it away and try again" >&2
+        exit 2
+    fi
+    echo "what hw2_data/ lacked comes from the course's zip"
+elif [ -z "$(incomplete)" ]; then
+    rm -rf .hw2_data.partial
+    echo "hw2_data/digits/ is complete already; hw2_data/face/ is only in the course's zip, which cannot be had"
 else
     rm -rf .hw2_data.partial
     echo "the course's zip cannot be had; fetching the public data sets into public_data/ instead" >&2

@@ -40,9 +40,13 @@ def run(main):
     """Calls `main()` as a script's body.
 
     A UserError, and an error of the file system such as a full disk, becomes one sentence on stderr and exit
-    status 2; an interrupt (Ctrl-C or SIGTERM) removes temporary files on its way out with exit status 130.
+    status 2; an interrupt (Ctrl-C, SIGTERM, a closed terminal) removes temporary files on its way out with exit
+    status 130.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows knows no SIGHUP
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it, and so it stays
+            signal.signal(number, signal.default_int_handler)
     try:
         main()
     except (UserError, OSError) as error:
@@ -98,11 +102,15 @@ def make_output_dir(path):
 # --- Devices and randomness ---------------------------------------------------------------------
 
 def pick_device(name="auto"):
-    """torch.device for 'auto' (CUDA when there is one, else the CPU), 'cpu' or 'cuda'."""
+    """torch.device for 'auto' (CUDA when there is one, else the CPU), 'cpu' or 'cuda'.
+
+    Float32 means float32 on every GPU: TF32, which newer ones would take instead, is switched off.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for but PyTorch sees no CUDA device here; use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
 
@@ -228,9 +236,12 @@ def save_checkpoint(path, **content):
 def load_torch(path, what="file"):
     """torch.load on the CPU without running code from the file; UserError when it cannot be read."""
     if not Path(path).is_file():
-        raise UserError(f"there is no {what} {path}; check the path, or run 'bash hw2_download.sh'")
+        raise UserError(f"there is no {what} {path}; check the path, or run 'bash hw2_download.sh' if it is one of "
+                        "this repository's checkpoints")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # zip, pickle and torch raise a dozen types on damaged or foreign files
         raise UserError(f"the {what} {path} is damaged or not made by torch.save ({type(error).__name__}); "
                         "fetch it again")
@@ -241,11 +252,24 @@ def load_checkpoint(path, kind, keys):
     checkpoint = load_torch(path, "checkpoint")
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         raise UserError(f"{path} is not a checkpoint of {kind}; name one that {kind}/train.py wrote")
+    if checkpoint.get("format_version") != CHECKPOINT_VERSION:
+        raise UserError(f"the checkpoint {path} has format {checkpoint.get('format_version')}, this code reads format "
+                        f"{CHECKPOINT_VERSION}; fetch both anew")
     missing = [key for key in keys if key not in checkpoint]
     if missing:
         raise UserError(f"the checkpoint {path} lacks {', '.join(missing)}; "
                         "training goes on from last.pt, inference takes model.pt")
     return checkpoint
+
+
+def restore(parts, state):
+    """Loads every part of the dict `parts` (model, ema, optimizer, scaler) from its entry in the checkpoint `state`.
+
+    A loss scaler's state is empty where the training did not need one so far; then it starts anew.
+    """
+    for name, part in parts.items():
+        if state[name]:
+            part.load_state_dict(state[name])
 
 
 class EMA:

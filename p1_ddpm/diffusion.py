@@ -94,6 +94,22 @@ def uniform_levels(total, steps):
     return [round(total * (steps - i) / steps) for i in range(steps + 1)]
 
 
+def log_snr_levels(alphas_cumprod, steps):
+    """The steps visited from t = T down to 0, `steps` + 1 integers, about equally far apart in log(signal / noise).
+
+    That is the variable in which a solver's error per stride is even (Lu et al. 2022, arXiv 2206.00927), so strides
+    are short in t where the image emerges from noise and where it is finished. The first stride ends where the image
+    is as faint as the noise is at t = 1. No stride is below one step: with steps = T every step is visited.
+    """
+    log_snr = torch.log(alphas_cumprod[1:] / (1 - alphas_cumprod[1:])) / 2  # of t = 1 ... T
+    targets = torch.linspace(-log_snr[0].item(), log_snr[0].item(), steps, dtype=torch.float64)
+    nearest = 1 + (log_snr - targets[:, None]).abs().argmin(dim=1)
+    levels = [len(log_snr)]
+    for i in range(1, steps):
+        levels.append(max(min(nearest[i].item(), levels[-1] - 1), steps - i))
+    return levels + [0]
+
+
 def ddpm(predict, x, levels, alphas_cumprod, generators, eta=None):
     """Ancestral sampling: Algorithm 2 of Ho et al. 2020, on any subsequence of the steps.
 

@@ -8,6 +8,7 @@ noise of an image depends on --seed, its digit and its number alone; another --b
 or device changes the order of float32 sums, which moves a pixel by one grey level now and then.
 """
 
+import math
 import os
 import sys
 import tempfile
@@ -19,7 +20,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from p1_ddpm.diffusion import SAMPLERS, guided_predictor, noise_schedule, uniform_levels  # noqa: E402
+from p1_ddpm.diffusion import (SAMPLERS, guided_predictor, log_snr_levels, noise_schedule,  # noqa: E402
+                               uniform_levels)
 from p1_ddpm.model import UNet  # noqa: E402
 from utils import (UserError, argument_parser, float_between, image_generators, in_batches, int_at_least,  # noqa: E402
                    load_checkpoint, make_output_dir, pick_device, randn, run, save_png, to_uint8)
@@ -44,10 +46,12 @@ def add_sampling_arguments(parser):
                         help="the averaged weights, or those of the last training step, which only last.pt holds")
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="dpmpp", help="the sampling method")
     parser.add_argument("--steps", type=int_at_least(1), default=20, help="sampling steps, at most T")
+    parser.add_argument("--spacing", choices=["log_snr", "uniform"], default="log_snr",
+                        help="equal strides in log(signal / noise), or in t")
     parser.add_argument("--eta", type=float_between(0, 1), default=0.0, help="noise of the sampler ddim: 0 none, 1 as ddpm")
     parser.add_argument("--guidance", type=float_between(0), default=2.0,
                         help="strength of classifier-free guidance; 0 is the plain conditional model")
-    parser.add_argument("--interval", type=int_at_least(0), nargs=2, default=[1, 1000], metavar=("LOW", "HIGH"),
+    parser.add_argument("--interval", type=float_between(0), nargs=2, default=[0, math.inf], metavar=("LOW", "HIGH"),
                         help="guidance acts while LOW <= t <= HIGH")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -66,11 +70,13 @@ def load_model(path, device, weights="ema"):
 
 
 def check_steps(args, alphas_cumprod):
-    """The steps that the sampler visits; UserError when --steps or --trajectory do not fit the schedule."""
+    """The steps that the sampler visits; UserError when --steps, --interval or --trajectory do not fit."""
     total = len(alphas_cumprod) - 1
     if args.steps > total:
         raise UserError(f"--steps {args.steps} is above the {total} noise steps of the checkpoint")
-    levels = uniform_levels(total, args.steps)
+    if args.interval[0] > args.interval[1]:
+        raise UserError(f"--interval {args.interval[0]:g} {args.interval[1]:g} is empty; the lower step comes first")
+    levels = uniform_levels(total, args.steps) if args.spacing == "uniform" else log_snr_levels(alphas_cumprod, args.steps)
     unvisited = sorted(set(getattr(args, "trajectory", [])) - set(levels))
     if unvisited:
         raise UserError(f"--trajectory {unvisited[0]}: with --steps {args.steps} the sampler visits only "

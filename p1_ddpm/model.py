@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noise predictor with two resolutions, 14x14 and 7x7; attention at the lower one.
+    """v(x_t, t, y) with two resolutions, 14x14 and 7x7; attention at the lower one.
 
     channels: widths of the two resolutions. num_classes: labels 0 ... num_classes-1; the label
     num_classes stands for "no label" (classifier-free guidance, Ho & Salimans 2022).
@@ -104,7 +104,8 @@ class UNet(nn.Module):
         h = after(attention(before(h, embedding)), embedding)
         for block in self.up_low:
             h = block(torch.cat([h, skips.pop()], dim=1), embedding)
-        h = self.upsample(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        # Through float32: before PyTorch 2.1 a GPU could not do it in bfloat16.
+        h = self.upsample(F.interpolate(h.float(), scale_factor=2.0, mode="nearest").to(h.dtype))
         for block in self.up_high:
             h = block(torch.cat([h, skips.pop()], dim=1), embedding)
         return F.pixel_shuffle(self.last(h), self.patch).float()

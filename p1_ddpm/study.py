@@ -4,11 +4,14 @@
     python3 p1_ddpm/study.py --tables guidance     # one of them
     python3 p1_ddpm/study.py --tables ema --checkpoint p1_ddpm/output/last.pt   # during a training: is averaging worth it?
 
-Draws 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output. Settings that
-are in that file already are not drawn again, so an interrupted study goes on. Prints the tables as Markdown.
+Draws 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output. Settings of the
+same checkpoint that are in that file already are not drawn again, so an interrupted study goes on. Prints the tables
+as Markdown.
 """
 
 import argparse
+import hashlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -26,14 +29,17 @@ from utils import (argument_parser, int_at_least, load_checkpoint, make_output_d
 
 # Each table varies some flags of inference.py and leaves the others at what the command line says.
 TABLES = {
-    "guidance": [dict(guidance=g, interval=[1, 1000]) for g in (0.0, 0.5, 1.0, 2.0, 3.0)],
-    "interval": [dict(guidance=g, interval=i) for g in (1.0, 2.0, 3.0) for i in ([300, 1000], [300, 900])],
-    "steps": [dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (10, 20, 50)],
+    "guidance": [dict(guidance=g, interval=[0, math.inf]) for g in (0.0, 0.5, 1.0, 2.0, 3.0)],
+    "interval": [dict(guidance=g, interval=[low, high]) for g in (2.0, 3.0)
+                 for low, high in ((300, math.inf), (500, math.inf), (300, 900))],
+    "steps": [dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (8, 16, 32)],
+    "spacing": [dict(spacing=s, steps=n) for s in ("log_snr", "uniform") for n in (8, 16, 32)],
     "reference": [dict(sampler="ddpm", steps=1000)],
     "seeds": [dict(seed=s) for s in range(5)],
     "ema": [dict(weights=w) for w in ("ema", "model")],
 }
-FLAGS = ["sampler", "steps", "guidance", "interval", "seed", "weights"]
+FLAGS = ["sampler", "steps", "spacing", "guidance", "interval", "seed", "weights", "eta", "per_class"]
+MEASURES = ["accuracy", "worst_digit", "frechet", "frechet_ratio", "diversity", "seconds"]
 
 
 def parse_args():
@@ -47,8 +53,15 @@ def parse_args():
     return parser.parse_args()
 
 
+def describe(args, digest, epochs):
+    """What a row of results is about, as text: the checkpoint and the values of FLAGS."""
+    flags = {flag: getattr(args, flag) for flag in FLAGS}
+    flags["interval"] = "{:g} to {:g}".format(*args.interval)
+    return dict(checkpoint=digest, epochs=str(epochs), **{flag: str(value) for flag, value in flags.items()})
+
+
 def measure(model, alphas_cumprod, judge, args, device):
-    """One row of results for the setting in `args`."""
+    """The MEASURES of the setting in `args`."""
     numbers = [(digit, number) for digit in range(10) for number in range(1, args.per_class + 1)]
     levels, start = check_steps(args, alphas_cumprod), time.time()
     images = torch.cat([images for _, images, _ in generate(model, alphas_cumprod, numbers, args, levels, device)])
@@ -72,20 +85,27 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     epochs = load_checkpoint(args.checkpoint, "p1_ddpm", ["metrics"])["metrics"][-1]["epoch"]
+    digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:8]
     make_output_dir(args.output.parent)
     judge = Judge(args.data_dir)
-    rows = pd.read_csv(args.output).to_dict("records") if args.output.exists() else []
+    rows = pd.read_csv(args.output, dtype=str).to_dict("records") if args.output.exists() else []
     for name in args.tables:
         for changes in TABLES[name]:
             setting = argparse.Namespace(**{**vars(args), **changes})
-            row = dict(table=name, epochs=str(epochs), **{flag: str(getattr(setting, flag)) for flag in FLAGS})
-            if any(all(str(old[key]) == value for key, value in row.items()) for old in rows):
+            row = describe(setting, digest, epochs)
+            same = [old for old in rows if all(str(old[key]) == value for key, value in row.items())]
+            if any(old["table"] == name for old in same):
                 continue
-            model, alphas_cumprod = load_model(args.checkpoint, device, setting.weights)
-            rows.append({**row, **measure(model, alphas_cumprod, judge, setting, device)})
+            if same:  # another table has it
+                measures = {key: same[0][key] for key in MEASURES}
+            else:
+                model, alphas_cumprod = load_model(args.checkpoint, device, setting.weights)
+                measures = measure(model, alphas_cumprod, judge, setting, device)
+            rows.append(dict(table=name, **row, **measures))
             print(rows[-1], flush=True)
             write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
-        print(f"\n{name}\n\n{markdown(pd.DataFrame(rows).query('table == @name').drop(columns='table'))}\n", flush=True)
+        table = pd.DataFrame(rows).query("table == @name and checkpoint == @digest")
+        print(f"\n{name}\n\n{markdown(table.drop(columns=['table', 'checkpoint']))}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python3 p1_ddpm/train.py                               # what made the committed checkpoint
     python3 p1_ddpm/train.py --resume                      # goes on where the last run stopped
+    python3 p1_ddpm/train.py --resume --epochs 90          # prolongs a finished training
     python3 p1_ddpm/train.py --dry_run                     # two steps, to see that all is in place
     torchrun --nproc_per_node=4 p1_ddpm/train.py           # several GPUs; --batch_size is for all together
 
@@ -27,10 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset import load_split  # noqa: E402
-from p1_ddpm.diffusion import ddpm_loss, dpmpp, guided_predictor, noise_schedule, uniform_levels  # noqa: E402
+from p1_ddpm.diffusion import ddpm_loss, dpmpp, guided_predictor, log_snr_levels, noise_schedule  # noqa: E402
 from p1_ddpm.model import UNet  # noqa: E402
 from utils import (EMA, UserError, amp_dtype, argument_parser, autocast, float_between, grad_scaler,  # noqa: E402
-                   image_generators, init_distributed, int_at_least, load_checkpoint, make_output_dir, randn, run,
+                   image_generators, init_distributed, int_at_least, load_checkpoint, make_output_dir, randn, restore, run,
                    save_checkpoint, save_png, seed_all, to_uint8, warmup_cosine, write_atomic)
 
 
@@ -70,7 +71,7 @@ def save_samples(path, model, alphas_cumprod, device):
     predict = guided_predictor(model, labels, model.null_label, alphas_cumprod, guidance=1.0)
     generators = image_generators(0, range(100))
     noise = randn(generators, (3, 28, 28), device)
-    levels = uniform_levels(len(alphas_cumprod) - 1, min(20, len(alphas_cumprod) - 1))
+    levels = log_snr_levels(alphas_cumprod.cpu(), min(16, len(alphas_cumprod) - 1))
     with torch.no_grad():
         *_, (_, images) = dpmpp(predict, noise, levels, alphas_cumprod, generators)
     save_png(path, make_grid(to_uint8((images + 1) / 2).cpu(), nrow=10, padding=1))
@@ -84,18 +85,22 @@ def main():
         raise UserError(f"--batch_size {args.batch_size} is not a multiple of the {world_size} processes")
     if any(width % 8 for width in args.channels):
         raise UserError(f"--channels {args.channels} must be multiples of 8, the groups of the normalisation")
-    output_dir = make_output_dir(args.output_dir)
+    output_dir = args.output_dir if args.dry_run else make_output_dir(args.output_dir)
     config = dict(channels=args.channels, blocks=args.blocks, dropout=args.dropout)
-    state = load_checkpoint(output_dir / "last.pt", "p1_ddpm", ["model", "optimizer"]) if args.resume else None
-    if state and (state["model_config"], state["schedule"]) != (config, [args.schedule, args.noise_steps]):
-        raise UserError(f"{output_dir / 'last.pt'} was trained with {state['model_config']}, "
-                        f"{state['schedule']}; resume it with the same flags")
+    recipe = {name: getattr(args, name) for name in
+              ("channels", "blocks", "dropout", "schedule", "noise_steps", "epochs", "batch_size", "lr", "warmup",
+               "weight_decay", "ema", "label_drop", "seed")}
+    state = load_checkpoint(output_dir / "last.pt", "p1_ddpm", ["recipe", "model", "optimizer"]) if args.resume else None
+    if state and len(state["metrics"]) == state["recipe"]["epochs"] < args.epochs:
+        state["recipe"]["epochs"] = args.epochs  # a finished training may be prolonged; the learning rate rises again
+    if state and state["recipe"] != recipe:
+        raise UserError(f"{output_dir / 'last.pt'} was trained with {state['recipe']}; resume it with the same flags")
     if not (args.resume or args.dry_run) and (output_dir / "last.pt").exists():
         raise UserError(f"{output_dir} holds a training already; add --resume or name another --output_dir")
 
     images, labels, _ = load_split(args.data_dir, "mnistm", "train")
     if args.dry_run:
-        args.epochs, args.warmup, args.batch_size = 1, 1, min(args.batch_size, 8 * world_size)
+        args.batch_size = min(args.batch_size, 8 * world_size)
         images, labels = images[:2 * args.batch_size], labels[:2 * args.batch_size]
     images, labels = images.to(device), labels.to(device)
     steps_per_epoch = len(images) // args.batch_size
@@ -108,23 +113,26 @@ def main():
     averaged = UNet(**config).to(device).eval()
     parallel = DistributedDataParallel(model) if world_size > 1 else model
     alphas_cumprod = noise_schedule(args.schedule, args.noise_steps).to(device)
+    if alphas_cumprod[-1] > 0.01:
+        raise UserError(f"with --schedule {args.schedule} the last of {args.noise_steps} steps still shows the image "
+                        f"(alpha-bar {alphas_cumprod[-1]:.2f}), but sampling starts from noise; take more --noise_steps")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scaler = grad_scaler(dtype)
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     metrics = []
     if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        restore(parts, state)
         metrics = state["metrics"]
+    epochs = len(metrics) + 1 if args.dry_run else args.epochs
     if rank == 0:
         print(f"{len(images)} images, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, "
-              f"{dtype or torch.float32}, {world_size} process(es), epochs {len(metrics) + 1} to {args.epochs}")
+              f"{dtype or torch.float32}, {world_size} process(es), epochs {len(metrics) + 1} to {epochs}")
 
-    for epoch in range(len(metrics), args.epochs):
+    for epoch in range(len(metrics), epochs):
         order = torch.from_numpy(np.random.default_rng([args.seed, epoch]).permutation(len(images)))
         loss_sum, loss_count = torch.zeros(4, device=device), torch.zeros(4, device=device)
         start = time.time()
-        for i in tqdm(range(steps_per_epoch), f"epoch {epoch + 1}/{args.epochs}", disable=rank != 0 or None):
+        for i in tqdm(range(steps_per_epoch), f"epoch {epoch + 1}/{epochs}", disable=rank != 0 or None):
             step = epoch * steps_per_epoch + i
             seed_all(args.seed, step, rank)
             for group in optimizer.param_groups:
@@ -159,12 +167,14 @@ def main():
             continue
         description = dict(kind="p1_ddpm", model_config=config, schedule=[args.schedule, args.noise_steps],
                            metrics=metrics)
-        save_checkpoint(output_dir / "last.pt", **description, **{k: v.state_dict() for k, v in parts.items()})
         save_checkpoint(output_dir / "model.pt", **{**description, "metrics": metrics[-1:]}, ema=ema.shadow)
         write_atomic(output_dir / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics).encode())
         if (epoch + 1) % args.sample_every == 0 or epoch + 1 == args.epochs:
             averaged.load_state_dict(ema.shadow)
             save_samples(output_dir / f"samples_{epoch + 1:03d}.png", averaged, alphas_cumprod, device)
+        # Last of all: what an interrupt may cut off above, --resume makes again.
+        save_checkpoint(output_dir / "last.pt", recipe=recipe, **description,
+                        **{k: v.state_dict() for k, v in parts.items()})
 
 
 if __name__ == "__main__":

@@ -69,8 +69,17 @@ def load_unet(path):
     return model.eval()
 
 
+def place(model, device, channels_last=None):
+    """The model on `device`, in the memory layout that is faster there unless `channels_last` says which."""
+    channels_last = device.type == "cpu" if channels_last is None else channels_last
+    return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
 def find_noises(folder):
-    """The .pt files of `folder`, sorted by name; says which other files it passes over. UserError when none."""
+    """The .pt files of `folder`, sorted by name; says which other files it passes over.
+
+    UserError when there are none, or when they are not all noises of one shape.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name the one that holds the noise files")
     paths = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix == ".pt" and not p.name.startswith("."))
@@ -79,6 +88,9 @@ def find_noises(folder):
         print(f"passed over in {folder}: {', '.join(others)}", file=sys.stderr)
     if not paths:
         raise UserError(f"there are no noise files (.pt) in {folder}; name another folder")
+    shapes = {tuple(load_noise(path).shape) for path in paths}
+    if len(shapes) > 1:
+        raise UserError(f"the noises in {folder} have several shapes, {shapes}; give each a folder of its own")
     return paths
 
 
@@ -106,18 +118,12 @@ def main():
     device = pick_device(args.device)
     dtype = amp_dtype(args.amp, device)
     paths = find_noises(args.noise_dir)
-    shapes = {tuple(load_noise(path).shape) for path in paths}
-    if len(shapes) > 1:
-        raise UserError(f"the noises in {args.noise_dir} have several shapes, {shapes}; give each a folder of its own")
     output_dir = make_output_dir(args.output_dir)
     # Sampling noise is keyed by a file's place in the folder, so neither batch nor --skip_existing changes an image.
     todo = [(i, path) for i, path in enumerate(paths)
             if not (args.skip_existing and (output_dir / f"{path.stem}.png").exists())]
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # grading compares pixels
-    channels_last = device.type == "cpu" if args.channels_last is None else args.channels_last
-    model = load_unet(args.checkpoint).to(
-        device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    model = place(load_unet(args.checkpoint), device, args.channels_last)
 
     def draw(batch):
         noise = torch.cat([load_noise(path) for _, path in batch]).to(device)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from p2_ddim.ddim import T, alphas_cumprod, sample, stretch  # noqa: E402
 from UNet import STRIDE, UNet  # noqa: E402
 from utils import (EMA, UserError, amp_dtype, argument_parser, autocast, float_between, grad_scaler,  # noqa: E402
-                   image_generators, init_distributed, int_at_least, load_checkpoint, make_output_dir, randn, run,
+                   image_generators, init_distributed, int_at_least, load_checkpoint, make_output_dir, randn, restore, run,
                    save_checkpoint, save_png, seed_all, warmup_cosine, write_atomic)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -59,7 +59,7 @@ def load_images(path, size):
     for i, name in enumerate(tqdm(names, desc="reading images", disable=None)):
         try:
             image = Image.open(io.BytesIO(read(name))).convert("RGB")
-        except (OSError, zipfile.BadZipFile):
+        except Exception:  # zip, zlib and each of Pillow's decoders have their own ways to fail
             raise UserError(f"the image {name} of {path} is damaged; remove it or fetch it again")
         images[i] = ImageOps.fit(image, (size, size), Image.LANCZOS)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -148,14 +148,13 @@ def main():
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     step, metrics = 0, []
     if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        restore(parts, state)
         step, metrics = state["step"], state["metrics"]
     if rank == 0:
         print(f"{len(images)} images, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, "
               f"{dtype or torch.float32}, {world_size} process(es), steps {step + 1} to {total}", flush=True)
 
-    stop = min(step + 2, total) if args.dry_run else total
+    stop = step + 2 if args.dry_run else total
     quarters = torch.zeros(4, 2, device=device)  # for each quarter of the noise levels: sum of losses, images
     bar, start = tqdm(total=stop, initial=step, disable=rank != 0 or None), time.time()
     while step < stop:
@@ -185,20 +184,21 @@ def main():
 
         loss_sum, count = quarters.T
         if not loss_sum.isfinite().all():
-            raise UserError(f"the loss is not a number at step {step}; lower --lr, and --resume from the last good one")
+            raise UserError(f"the loss is not a number at step {step}; train anew with a lower --lr")
         metrics.append(dict(step=step, loss=round((loss_sum.sum() / count.sum()).item(), 5),
                             loss_quarters=[round(q, 5) for q in (loss_sum / count.clamp(min=1)).tolist()],
                             lr=optimizer.param_groups[0]["lr"],
                             images_per_second=round(world_size * count.sum().item() / (time.time() - start), 1)))
         bar.write("step {step}: loss {loss:.4f}, by quarter of t {loss_quarters}, lr {lr:.2e}, "
                   "{images_per_second} images/s".format(**metrics[-1]))
-        save_checkpoint(last, kind="p2_ddim", config=config, step=step, metrics=metrics,
-                        **{name: part.state_dict() for name, part in parts.items()})
         save_slim(args.output_dir / "model.pt", ema.shadow, config)
         write_atomic(args.output_dir / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics).encode())
         averaged.load_state_dict(ema.shadow)
-        faces = stretch(sample(averaged, grid_noise))
-        save_png(args.output_dir / f"samples_{step:06d}.png", make_grid(faces, nrow=4))
+        faces = [stretch(sample(averaged, noise)) for noise in grid_noise.split(max(1, args.batch_size // world_size))]
+        save_png(args.output_dir / f"samples_{step:06d}.png", make_grid(torch.cat(faces), nrow=4))
+        # Last of all: what an interrupt may cut off above, --resume makes again.
+        save_checkpoint(last, kind="p2_ddim", config=config, step=step, metrics=metrics,
+                        **{name: part.state_dict() for name, part in parts.items()})
         quarters.zero_()
         start = time.time()
     if args.dry_run and rank == 0:

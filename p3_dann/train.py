@@ -18,7 +18,7 @@ Reads hw2_data/digits. Writes into --output_dir:
     metrics.jsonl   one line per epoch, and the validation accuracy of every domain at the end
 
 How to read an epoch's line: `domain` is the discriminator's accuracy; 0.5 means that the features hide the domain,
-1.0 that the adversary lost (lower --lambda_max or more epochs). A domain loss near 0.69 = log 2 is the same good news.
+1.0 that it still tells the domains apart. A domain loss near 0.69 = log 2 is the same good news.
 `confident` is the share of target images that the classifier is 90 % sure of, the label-free sign of success.
 """
 
@@ -161,8 +161,7 @@ def main():
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     metrics = []
     if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        restore(parts, state)
         metrics = state["metrics"]
     if rank == 0:
         print(f"{len(images)} labelled images, {0 if target_images is None else len(target_images)} unlabelled, "

@@ -4,8 +4,8 @@
     python3 report/benchmark.py --quick       # a minute: fewer images and steps, as the table says
 
 Problem 2 runs on random weights of the course's network at 256x256, which cost what trained ones cost, unless --unet
-and --noise name its files. Problem 3 gets images of random noise. Writes
---output, a CSV file, and prints the same as a table. Let nothing else run beside it.
+and --noise name its files. Problem 3 gets images of random noise. Memory is the computer's, not the GPU's. Writes
+--output, a CSV file, line by line, and prints the same as a table. Let nothing else run beside it.
 """
 
 import os
@@ -107,11 +107,11 @@ def main():
             for device in devices:
                 seconds, memory = measure([*command, "--device", device])
                 rows.append(dict(problem=problem, what=what, images=images, device=names[device],
-                                 seconds=round(seconds, 1), images_per_second=round(images / seconds, 2),
+                                 seconds=round(seconds, 1), images_per_second=float(f"{images / seconds:.3g}"),
                                  peak_mib=round(memory), limit_s_on_2080ti=limit, python=platform.python_version(),
                                  torch=torch.__version__))
                 print(rows[-1], flush=True)
-    write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
+                write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
     print("\n" + pd.DataFrame(rows).to_string(index=False))
 
 

@@ -9,11 +9,10 @@ from torchvision.utils import make_grid
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+from p3_dann.tsne import PALETTE  # noqa: E402
 from utils import write_atomic  # noqa: E402
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes.
-BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7",
-                                                     "#999999")
+_, ORANGE, SKY, GREEN, _, BLUE, VERMILION, PURPLE, GREY, _ = PALETTE
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
                      "axes.grid": True, "grid.alpha": 0.3})
 
@@ -32,7 +31,7 @@ def image_grid(path, images, columns, row_names=(), column_names=(), scale=1.0):
     rows, size = len(images) // columns, images.shape[-1]
     grid = make_grid(images, nrow=columns, padding=1, pad_value=255).permute(1, 2, 0)
     figure, axes = plt.subplots(figsize=(columns * 0.6 * scale, rows * 0.6 * scale))
-    axes.imshow(grid, interpolation="nearest")
+    axes.imshow(grid)
     axes.grid(False)
     axes.spines[:].set_visible(False)
     centres = torch.arange(max(rows, columns)) * (size + 1) + size / 2

@@ -1,6 +1,7 @@
 """Problem 1's part of the report: the network's drawing, digits, the reverse process, the studies."""
 
 import argparse
+import hashlib
 import json
 
 import pandas as pd
@@ -170,6 +171,13 @@ def quality(model, alphas_cumprod, args, data_dir, device, per_class):
                 nearest_real=measures["nearest_real"].median().item())
 
 
+def read_study(path, checkpoint):
+    """The rows of study.csv that are about `checkpoint`, and those of table ema, which are about a training."""
+    study = pd.read_csv(path, dtype={"checkpoint": str})
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:8]
+    return study[(study.checkpoint == digest) | (study.table == "ema")]
+
+
 def build(args, folder, device):
     """Draws the figures into `folder` and returns the numbers that p1.typ shows.
 
@@ -180,7 +188,7 @@ def build(args, folder, device):
     for path, maker in zip(records, ("train.py", "study.py")):
         if not path.exists():
             raise UserError(f"there is no {path}; p1_ddpm/{maker} makes it")
-    metrics, study = [json.loads(line) for line in records[0].read_text().splitlines()], pd.read_csv(records[1])
+    metrics, study = [json.loads(line) for line in records[0].read_text().splitlines()], read_study(records[1], checkpoint)
     model, alphas_cumprod = load_model(checkpoint, device)
     sampling = sampling_arguments()
     blocks = architecture(folder / "p1_architecture.png", model)

@@ -4,7 +4,7 @@ import torch
 
 from p2_ddim.ddim import lerp, sample, slerp, stretch
 from p2_ddim.evaluate import mean_squared_errors, read_images
-from p2_ddim.inference import find_noises, load_noise, load_unet
+from p2_ddim.inference import find_noises, load_noise, load_unet, place
 from p2_ddim.studies import ALPHAS, eta_grid, interpolation_strip, norm_table, steps_table
 from report.figures import BLUE, VERMILION, image_grid, plt, save
 from utils import UserError, load_torch
@@ -43,9 +43,14 @@ def build(args, folder, device):
     paths = find_noises(args.noise)
     if len(paths) < 4:
         raise UserError(f"{args.noise} holds {len(paths)} noise files; the figures need at least 4")
-    truths = read_images(args.gt) if args.gt else {}
-    model = load_unet(args.unet).to(device)
     noises = [load_noise(path).to(device) for path in paths]
+    size, truths = noises[0].shape[-2:], read_images(args.gt) if args.gt else {}
+    names = {f"{path.stem}.png" for path in paths}
+    for name, truth in truths.items():  # before hours of sampling
+        if name not in names or truth.shape[:2] != size:
+            raise UserError(f"{args.gt / name} is no ground truth of a noise in {args.noise}: a noise of that name and of "
+                            f"{truth.shape[0]}x{truth.shape[1]} pixels is wanted")
+    model = place(load_unet(args.unet), device)
     steps, study = (4, dict(steps=(2, 3), reference=5)) if args.quick else (50, {})
     faces = torch.cat([stretch(sample(model, noise, steps)) for noise in noises]).cpu()
     image_grid(folder / "p2_faces.png", faces, len(faces), scale=1.2)
@@ -59,8 +64,11 @@ def build(args, folder, device):
     table = steps_table(model, torch.cat(noises[:4]), **study)
     steps_figure(folder / "p2_steps.png", table)
     drawn = {f"{path.stem}.png": face.permute(1, 2, 0).double().numpy() for path, face in zip(paths, faces)}
+    errors = mean_squared_errors(drawn, truths)
+    for name, error in errors.items():
+        print(f"{name}: MSE {error:.4f}")
     config = load_torch(args.unet).get("config", {})
     return dict(
         course=args.course, parameters=sum(p.numel() for p in model.parameters()), size=noises[0].shape[-1],
         faces=len(faces), steps=steps, config=config, norms=norms, details=[detail(strip) for strip in strips],
-        steps_table=table, reference=study.get("reference", 1000), errors=mean_squared_errors(drawn, truths))
+        steps_table=table, reference=study.get("reference", 1000), errors=errors)

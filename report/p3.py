@@ -16,17 +16,17 @@ TARGETS = ("svhn", "usps")
 
 
 def confusion_matrix(model, data_dir, domain):
-    """Shares (10, 10) of the answers (columns) to each true digit (rows) on the validation images."""
+    """How often each answer (columns) is given to each true digit (rows): (10, 10), on the validation images."""
     images, labels, _ = load_split(data_dir, domain, "val")
     answers = predict(model, images).argmax(dim=1)
-    counts = torch.bincount(10 * labels + answers, minlength=100).reshape(10, 10).float()
-    return counts / counts.sum(dim=1, keepdim=True)
+    return torch.bincount(10 * labels + answers, minlength=100).reshape(10, 10)
 
 
 def confusion_figure(path, matrices):
-    """Draws {name: matrix of shares} side by side, the numbers in per cent."""
+    """Draws {name: confusion matrix} side by side, in per cent of each true digit."""
     figure, axes = plt.subplots(1, len(matrices), figsize=(7.2, 3.6))
-    for ax, (name, shares) in zip(axes, matrices.items()):
+    for ax, (name, counts) in zip(axes, matrices.items()):
+        shares = counts / counts.sum(dim=1, keepdim=True)
         ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         ax.grid(False)
         for row in range(10):
@@ -79,5 +79,7 @@ def build(args, folder, device):
     weak = results[results.run.str.startswith("lambda_0.1")].groupby("target").accuracy.agg(["mean", "std"])
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), recipe=recipe, distances=distances,
-        weak=json.loads(weak.to_json(orient="index")), training=metrics, main=json.loads(main.to_json(orient="records")),
+        seeds=int(results[results["mode"] == "dann"].seed.nunique()),
+        validation={target: int(matrix.sum()) for target, matrix in zip(TARGETS, matrices.values())},
+        weak=json.loads(weak.to_json(orient="index")), main=json.loads(main.to_json(orient="records")),
         runs=json.loads(results.to_json(orient="records")))

@@ -138,8 +138,9 @@ def test_a_source_folder_needs_no_network(repository, source):
     built = tree(folder / "hw2_data")
     assert all(f"digits/{domain}/train.csv" in built for domain in ("mnistm", "svhn", "usps"))
 
-    again = bash(folder, "get_dataset.sh", PYTHONPATH=stubs)
-    assert again.returncode == 0 and "complete already" in again.stdout and tree(folder / "hw2_data") == built
+    for arguments, message in (([relative], "complete already; nothing"), ([], "face/ is only in the course's zip")):
+        again = bash(folder, "get_dataset.sh", *arguments, PYTHONPATH=stubs)
+        assert again.returncode == 0 and message in again.stdout and tree(folder / "hw2_data") == built
 
 
 def test_a_source_folder_that_is_not_there(repository):
@@ -151,16 +152,38 @@ def test_the_course_s_zip(repository, tmp_path):
     folder, stubs = repository
     with zipfile.ZipFile(tmp_path / "hw2_data.zip", "w") as archive:
         for name in ("digits/mnistm", "digits/svhn", "digits/usps"):
-            archive.writestr(f"hw2_data/{name}/train.csv", "image_name,label\n")
+            for file in ("data/1.png", "train.csv", "val.csv"):
+                archive.writestr(f"hw2_data/{name}/{file}", "from the zip")
             archive.writestr(f"__MACOSX/hw2_data/{name}/._train.csv", "junk")
         archive.writestr("hw2_data/face/UNet.pt", "weights")
-    (folder / "hw2_data/digits/usps").mkdir(parents=True)
-    (folder / "hw2_data/digits/usps/own.txt").write_text("the user's own")
-    done = bash(folder, "get_dataset.sh", PYTHONPATH=stubs, COURSE_ZIP=str(tmp_path / "hw2_data.zip"))
+
+    def get():
+        return bash(folder, "get_dataset.sh", PYTHONPATH=stubs, COURSE_ZIP=str(tmp_path / "hw2_data.zip"))
+
+    own = folder / "hw2_data/digits/usps/own.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("the user's own")
+    failed = get()
+    assert failed.returncode == 2 and "hw2_data/digits/usps was there already but is not whole" in failed.stderr
+    assert own.exists()
+    own.parent.rename(tmp_path / "away")
+    done = get()
     assert done.returncode == 0 and "comes from the course's zip" in done.stdout, done.stderr
     assert sorted(tree(folder / "hw2_data")) == [
-        "digits/mnistm/train.csv", "digits/svhn/train.csv", "digits/usps/own.txt", "face/UNet.pt"]
+        *(f"digits/{domain}/{file}" for domain in ("mnistm", "svhn", "usps")
+          for file in ("data/1.png", "train.csv", "val.csv")), "face/UNet.pt"]
     assert not (folder / ".hw2_data.partial").exists()
+    assert "complete already" in get().stdout
+
+
+def test_a_zip_without_all_parts_is_not_mixed_with_other_data(repository, source, tmp_path):
+    folder, stubs = repository
+    shutil.copytree(source, folder / "public_data")
+    with zipfile.ZipFile(tmp_path / "hw2_data.zip", "w") as archive:
+        archive.writestr("hw2_data/digits/mnistm/train.csv", "from the zip")
+    done = bash(folder, "get_dataset.sh", PYTHONPATH=stubs, COURSE_ZIP=str(tmp_path / "hw2_data.zip"))
+    assert done.returncode == 0 and "was built from the public data sets" in done.stdout, done.stderr
+    assert "from the zip" not in (folder / "hw2_data/digits/mnistm/train.csv").read_text()
 
 
 def test_a_dead_link_leads_to_the_public_data_sets(repository, source):

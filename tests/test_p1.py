@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,9 +23,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import digit_classifier
+from dataset import load_split
 from p1_ddpm import diffusion, evaluate, inference, train
 from p1_ddpm.model import Attention, UNet
-from utils import UserError, image_generators, randn, save_checkpoint, save_png
+from report.p1 import sampling_arguments
+from utils import UserError, image_generators, randn, save_checkpoint, save_png, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(channels=[8, 16], blocks=1)
@@ -88,16 +91,20 @@ def test_the_loss_of_a_perfect_network_is_zero():
 
 # --- Samplers -----------------------------------------------------------------------------------
 
+def exact_gaussian(alphas_cumprod, mean, std):
+    """predict(x, t) of a network that knows E[x_0 | x_t] for x_0 ~ N(mean, std^2) exactly."""
+    def predict(x, t):
+        a, s = diffusion.signal_and_noise(alphas_cumprod, t)
+        x0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
+        return x0, (x - a * x0) / s
+    return predict
+
+
 @pytest.mark.parametrize("name, steps, eta", [("ddpm", 1000, 0), ("ddim", 200, 0), ("ddim", 1000, 1), ("dpmpp", 30, 0)])
 def test_samplers_reach_the_moments_of_a_gaussian(name, steps, eta):
     mean, std = 0.3, 0.4
     alphas_cumprod = diffusion.noise_schedule()
-
-    def predict(x, t):  # the exact E[x_0 | x_t] for x_0 ~ N(mean, std^2)
-        a, s = diffusion.signal_and_noise(alphas_cumprod, t)
-        x0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
-        return x0, (x - a * x0) / s
-
+    predict = exact_gaussian(alphas_cumprod, mean, std)
     generators = image_generators(0, [0])
     x = randn(generators, (20000,))
     levels = diffusion.uniform_levels(1000, steps)
@@ -146,6 +153,29 @@ def test_ddim_with_eta_1_is_ancestral_sampling():
 def test_levels_are_all_steps_or_equal_strides():
     assert diffusion.uniform_levels(1000, 1000) == list(range(1000, -1, -1))
     assert diffusion.uniform_levels(1000, 4) == [1000, 750, 500, 250, 0]
+    for name in ("linear", "cosine"):
+        alphas_cumprod = diffusion.noise_schedule(name)
+        for steps in (1, 2, 7, 20, 200, 999, 1000):
+            levels = diffusion.log_snr_levels(alphas_cumprod, steps)
+            assert levels[0] == 1000 and levels[-1] == 0 and len(levels) == steps + 1
+            assert all(a > b for a, b in zip(levels, levels[1:]))
+        a, s = zip(*(diffusion.signal_and_noise(alphas_cumprod, t) for t in diffusion.log_snr_levels(alphas_cumprod, 12)[2:9]))
+        strides = np.diff(np.log(a) - np.log(s))
+        assert strides.max() / strides.min() < 1.05
+
+
+def test_strides_in_log_snr_cost_fewer_steps():
+    # The probability flow of N(0.3, 0.05^2), narrow as images are: each x_T has one x_0, known exactly.
+    alphas_cumprod = diffusion.noise_schedule("cosine")
+    predict = exact_gaussian(alphas_cumprod, 0.3, 0.05)
+    x = torch.linspace(-2, 2, 9)[:, None]
+    a, s = diffusion.signal_and_noise(alphas_cumprod, 1000)
+    exact = 0.3 + 0.05 * (x - a * 0.3) / math.sqrt(a**2 * 0.05**2 + s**2)
+    errors = []
+    for levels in (diffusion.log_snr_levels(alphas_cumprod, 16), diffusion.uniform_levels(1000, 16)):
+        *_, (_, x0) = diffusion.dpmpp(predict, x, levels, alphas_cumprod, None)
+        errors.append((x0 - exact).abs().max().item())
+    assert errors[0] < 0.005 and errors[0] < 0.1 * errors[1]
 
 
 # --- Guidance -----------------------------------------------------------------------------------
@@ -236,7 +266,7 @@ def run_train(monkeypatch, *arguments):
     train.main()
 
 
-def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkeypatch):
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkeypatch, capsys):
     flags = ["--data_dir", data_dir, "--channels", 8, 16, "--epochs", 3, "--batch_size", 16, "--warmup", 4,
              "--dropout", 0.1, "--amp", "off", "--noise_steps", 20]
     run_train(monkeypatch, *flags, "--output_dir", tmp_path / "whole")
@@ -244,15 +274,21 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
     class Killed(Exception):
         pass
 
-    def kill(*_):
-        raise Killed
+    def kill(path, data):
+        if b'"epoch": 2' in data:  # amid the files of the second epoch
+            raise Killed
+        write_atomic(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_atomic", kill)  # comes right after the first epoch's checkpoint
+        patch.setattr(train, "write_atomic", kill)
         with pytest.raises(Killed):
             run_train(monkeypatch, *flags, "--output_dir", tmp_path / "parts")
-    with pytest.raises(UserError, match="--resume"):
-        run_train(monkeypatch, *flags, "--output_dir", tmp_path / "parts")
+    assert len(torch.load(tmp_path / "parts/last.pt", weights_only=True)["metrics"]) == 1
+    for more, message in (([], "--resume"), (["--resume", "--lr", 1], "same flags"), (["--resume", "--epochs", 4], "same flags")):
+        with pytest.raises(UserError, match=message):
+            run_train(monkeypatch, *flags, "--output_dir", tmp_path / "parts", *more)
+    run_train(monkeypatch, *flags, "--output_dir", tmp_path / "parts", "--resume", "--dry_run")
+    assert "epochs 2 to 2" in capsys.readouterr().out
     run_train(monkeypatch, *flags, "--output_dir", tmp_path / "parts", "--resume")
 
     whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
@@ -266,6 +302,8 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
     model, alphas_cumprod = inference.load_model(tmp_path / "parts/model.pt", "cpu")
     assert torch.equal(model.state_dict()["first.weight"], parts["ema"]["shadow"]["first.weight"])
     assert len(alphas_cumprod) == 21
+    run_train(monkeypatch, *flags, "--output_dir", tmp_path / "parts", "--resume", "--epochs", 4)
+    assert len(torch.load(tmp_path / "parts/last.pt", weights_only=True)["metrics"]) == 4
 
 
 def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch):
@@ -288,7 +326,8 @@ def test_two_processes_train_together(tmp_path, data_dir):
 @pytest.mark.parametrize("flags, message", [
     (["--data_dir", "nowhere"], "get_dataset.sh"), (["--resume"], "there is no checkpoint"),
     (["--channels", "9", "16"], "multiples of 8"), (["--batch_size", "1000"], "larger than the 64"),
-    (["--device", "cpu", "--amp", "fp16"], "needs a GPU"), (["--output_dir", __file__], "is a file")])
+    (["--device", "cpu", "--amp", "fp16"], "needs a GPU"), (["--output_dir", __file__], "is a file"),
+    (["--schedule", "linear", "--noise_steps", "100"], "more --noise_steps")])
 def test_training_refuses_bad_flags(tmp_path, data_dir, monkeypatch, flags, message):
     with pytest.raises(UserError, match=message):
         run_train(monkeypatch, "--data_dir", data_dir, "--output_dir", tmp_path, *flags)
@@ -331,7 +370,7 @@ def test_images_depend_neither_on_the_batch_nor_on_their_number(checkpoint):
     model, alphas_cumprod = inference.load_model(checkpoint, "cpu")
 
     def draw(numbers, batch_size, **changes):
-        args = SimpleNamespace(**{**dict(sampler="ddpm", guidance=1.0, interval=(1, 1000), seed=0, eta=0.0, steps=8,
+        args = SimpleNamespace(**{**dict(sampler="ddpm", guidance=1.0, interval=(1, 1000), seed=0, eta=0.0, steps=8, spacing="uniform",
                                          batch_size=batch_size), **changes})
         levels = inference.check_steps(args, alphas_cumprod)
         drawn = inference.generate(model, alphas_cumprod, numbers, args, levels, torch.device("cpu"))
@@ -428,7 +467,8 @@ def test_grader_prints_the_courses_line_and_names_odd_files(tmp_path, always_3):
     (folder / "notes.txt").write_text("not an image")
     done = grade("drawn digits", always_3, tmp_path)
     assert done.returncode == 0 and done.stdout == "acc = 0.75 (correct/total = 3/4)\n", done.stderr
-    for part in ("1 image(s) not graded", "cat.png", "3_extra.png", "997 image(s) missing: 0_001.png"):
+    for part in ("1 file(s) not graded, they are no images: notes.txt", "begin with a digit: cat.png", "3_extra.png",
+                 "997 file(s) missing: 0_001.png"):
         assert part in done.stderr
 
 
@@ -446,9 +486,11 @@ def test_grader_refuses_bad_input(tmp_path, always_3):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/1_001.png").write_bytes(b"\x89PNG")
     torch.save({"weights": 1}, tmp_path / "foreign.pth")
+    torch.save(torch.zeros(1, 3), tmp_path / "tensor.pth")
     for folder, checkpoint, message in (("gone", always_3, "no folder gone"), ("empty", always_3, "no images"),
                                         ("broken", always_3, "1_001.png is truncated"),
                                         ("broken", "gone.pth", "there is no classifier checkpoint gone.pth"),
+                                        ("broken", "tensor.pth", "tensor.pth does not hold"),
                                         ("broken", "foreign.pth", "foreign.pth does not hold")):
         done = grade(folder, checkpoint, tmp_path)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -462,10 +504,19 @@ def test_classifier_is_the_courses_network():
     assert sum(math.prod(shape) for shape in shapes.values()) == 44674
 
 
-def test_classifier_learns(tmp_path, data_dir):
-    done = subprocess.run([sys.executable, ROOT / "digit_classifier.py", "--train", data_dir, "--epochs", "2",
-                           "--checkpoint", tmp_path / "new/Classifier.pth"], capture_output=True, text=True)
-    assert done.returncode == 2 and "larger than the 64" in done.stderr
+def test_classifier_learns(tmp_path, data_dir, monkeypatch, capsys):
+    def run(checkpoint):
+        monkeypatch.setattr(sys, "argv", ["digit_classifier.py", "--train", str(data_dir), "--epochs", "150",
+                                          "--device", "cpu", "--checkpoint", str(checkpoint)])
+        digit_classifier.main()
+
+    run(tmp_path / "new/Classifier.pth")
+    accuracies = [float(a) for a in re.findall(r"validation accuracy ([\d.]+) %", capsys.readouterr().out)]
+    images, labels, _ = load_split(data_dir, "mnistm", "train")
+    model = digit_classifier.load_classifier(tmp_path / "new/Classifier.pth")
+    assert len(accuracies) == 150 and (digit_classifier.classify(model, images)[1] == labels).float().mean() > 0.8
+    with pytest.raises(UserError, match="is a folder"):
+        run(tmp_path / "new")
 
 
 def test_augmentation_keeps_shape_and_range_and_differs_by_image():
@@ -474,6 +525,21 @@ def test_augmentation_keeps_shape_and_range_and_differs_by_image():
     out = digit_classifier.augment(x)
     assert out.shape == x.shape and out.abs().max() <= 1
     assert (out[0] - out[1]).abs().max() > 0.1
+
+
+def test_the_number_of_threads_moves_a_pixel_by_one_at_most():
+    model, alphas_cumprod = inference.load_model(inference.CHECKPOINT, "cpu")
+    args = sampling_arguments()
+    levels, threads, drawn = inference.check_steps(args, alphas_cumprod), torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            [(_, images, _)] = inference.generate(model, alphas_cumprod, [(d, 1) for d in range(10)], args, levels, "cpu")
+            drawn.append(images.int())
+    finally:
+        torch.set_num_threads(threads)
+    difference = (drawn[0] - drawn[1]).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
 
 
 def test_the_committed_checkpoints_draw_digits_that_the_grader_recognises(tmp_path):

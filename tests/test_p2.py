@@ -20,7 +20,7 @@ from torchvision.utils import save_image
 from p2_ddim import ddim, evaluate, inference, studies, train
 from p2_ddim.ddim import alphas_cumprod, lerp, sample, slerp, stretch, timesteps
 from UNet import UNet
-from utils import UserError, image_generators, randn
+from utils import UserError, image_generators, randn, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # for networks this small, a second thread costs more than it gives
@@ -211,9 +211,11 @@ def test_evaluate_compares_without_wrapping_round(tmp_path, monkeypatch, capsys)
     (tmp_path / "out/lost.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="lost.png is damaged"):
         evaluate.read_images(tmp_path / "out")
-    for folder in (tmp_path / "nowhere", tmp_path.parent / "empty"):
-        with pytest.raises(UserError, match="name"):
-            evaluate.read_images(folder)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/._a.png").write_bytes(b"what macOS leaves")
+    for folder, message in (("nowhere", "there is no folder"), ("empty", "no PNG images")):
+        with pytest.raises(UserError, match=message):
+            evaluate.read_images(tmp_path / folder)
 
 
 # --- inference.py and the wrapper ---------------------------------------------------------------
@@ -396,10 +398,12 @@ def tiny(data, out, *more):
 def test_training_resumes_bit_for_bit(faces, tmp_path, monkeypatch):
     run_train(monkeypatch, *tiny(faces, tmp_path / "whole"))
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    def interrupt(path, image):
+        if path.name == "samples_000004.png":  # amid the files of the second checkpoint
+            raise KeyboardInterrupt
+        save_png(path, image)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_slim", interrupt)
+        patch.setattr(train, "save_png", interrupt)
         run_train(patch, *tiny(faces, tmp_path / "parts"))
     assert torch.load(tmp_path / "parts/last.pt", weights_only=True)["step"] == 2
     with pytest.raises(UserError, match="resume"):
