@@ -123,8 +123,8 @@ class Upsample(nn.Module):
     """Twice as high and wide, every pixel a square of four."""
 
     def forward(self, x):
-        # Through float32: before PyTorch 2.1 a GPU could not do it in bfloat16.
-        return F.interpolate(x.float(), scale_factor=2).to(x.dtype)
+        # At least in float32: before PyTorch 2.1 a GPU cannot do it in bfloat16.
+        return F.interpolate(x.to(torch.promote_types(x.dtype, torch.float32)), scale_factor=2).to(x.dtype)
 
 
 class UNet(nn.Module):

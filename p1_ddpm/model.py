@@ -104,7 +104,7 @@ class UNet(nn.Module):
         h = after(attention(before(h, embedding)), embedding)
         for block in self.up_low:
             h = block(torch.cat([h, skips.pop()], dim=1), embedding)
-        # Through float32: before PyTorch 2.1 a GPU could not do it in bfloat16.
+        # In float32: before PyTorch 2.1 a GPU cannot do it in bfloat16.
         h = self.upsample(F.interpolate(h.float(), scale_factor=2.0, mode="nearest").to(h.dtype))
         for block in self.up_high:
             h = block(torch.cat([h, skips.pop()], dim=1), embedding)

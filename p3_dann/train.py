@@ -39,8 +39,8 @@ from dataset import DOMAINS, load_split  # noqa: E402
 from p3_dann.augment import PARTS, augment_source, augment_target  # noqa: E402
 from p3_dann.model import Dann, adapt_statistics, lambda_schedule, predict  # noqa: E402
 from utils import (EMA, UserError, amp_dtype, argument_parser, autocast, float_between, grad_scaler,  # noqa: E402
-                   init_distributed, int_at_least, load_checkpoint, make_output_dir, run, save_checkpoint, seed_all,
-                   warmup_cosine, write_atomic)
+                   init_distributed, int_at_least, load_checkpoint, make_output_dir, restore, run, save_checkpoint,
+                   seed_all, warmup_cosine, write_atomic)
 
 STEPS_PER_EPOCH = 100  # the same in all modes, whatever the sizes of their data sets
 

@@ -58,6 +58,8 @@ def test_every_command_in_the_texts_exists(capsys):
             for script in scripts:
                 assert (ROOT / script).is_file(), f"{where}: {line}"
                 flags = {word.split("=")[0] for word in words[words.index(script):] if word.startswith("--")}
+                if script.startswith("tests/"):
+                    continue
                 if script in OWN_FLAGS:
                     assert flags <= OWN_FLAGS[script], f"{where}: {line}"
                     continue

@@ -385,7 +385,7 @@ def test_images_depend_neither_on_the_batch_nor_on_their_number(checkpoint):
 
 
 def test_trajectory_keeps_the_asked_states(tmp_path, checkpoint):
-    done = wrapper("out", "--checkpoint", checkpoint, "--sampler", "ddpm", "--steps", 10, "--per_class", 2,
+    done = wrapper("out", "--checkpoint", checkpoint, "--sampler", "ddpm", "--steps", 10, "--spacing", "uniform", "--per_class", 2,
                    "--trajectory", 1000, 400, 0, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     kept = sorted(path.name for path in (tmp_path / "out/trajectory").iterdir())
