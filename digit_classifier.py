@@ -90,7 +90,8 @@ def grade(folder, model, device="cpu"):
     foreign = {name for name in names if not name[0].isdecimal()}
     surplus, missing = set(names) - foreign - expected_names(), expected_names() - set(names)
     others = set(os.listdir(folder)) - set(names)
-    for found, what in ((others, "not graded, they are no images"), (foreign, "not graded, their names do not begin with a digit"),
+    for found, what in ((others, "not graded, they are no images"),
+                        (foreign, "not graded, their names do not begin with a digit"),
                         (surplus, "graded, but not among 0_001.png ... 9_100.png"), (missing, "missing")):
         if found:
             print(f"warning: {len(found)} file(s) {what}: {some(found)}", file=sys.stderr)

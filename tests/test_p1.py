@@ -284,7 +284,8 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
         with pytest.raises(Killed):
             run_train(monkeypatch, *flags, "--output_dir", tmp_path / "parts")
     assert len(torch.load(tmp_path / "parts/last.pt", weights_only=True)["metrics"]) == 1
-    for more, message in (([], "--resume"), (["--resume", "--lr", 1], "same flags"), (["--resume", "--epochs", 4], "same flags")):
+    for more, message in (([], "--resume"), (["--resume", "--lr", 1], "same flags"),
+                          (["--resume", "--epochs", 4], "same flags")):
         with pytest.raises(UserError, match=message):
             run_train(monkeypatch, *flags, "--output_dir", tmp_path / "parts", *more)
     run_train(monkeypatch, *flags, "--output_dir", tmp_path / "parts", "--resume", "--dry_run")
@@ -370,7 +371,8 @@ def test_images_depend_neither_on_the_batch_nor_on_their_number(checkpoint):
     model, alphas_cumprod = inference.load_model(checkpoint, "cpu")
 
     def draw(numbers, batch_size, **changes):
-        args = SimpleNamespace(**{**dict(sampler="ddpm", guidance=1.0, interval=(1, 1000), seed=0, eta=0.0, steps=8, spacing="uniform",
+        args = SimpleNamespace(**{**dict(sampler="ddpm", guidance=1.0, interval=(1, 1000), seed=0, eta=0.0, steps=8,
+                                         spacing="uniform",
                                          batch_size=batch_size), **changes})
         levels = inference.check_steps(args, alphas_cumprod)
         drawn = inference.generate(model, alphas_cumprod, numbers, args, levels, torch.device("cpu"))
@@ -385,8 +387,8 @@ def test_images_depend_neither_on_the_batch_nor_on_their_number(checkpoint):
 
 
 def test_trajectory_keeps_the_asked_states(tmp_path, checkpoint):
-    done = wrapper("out", "--checkpoint", checkpoint, "--sampler", "ddpm", "--steps", 10, "--spacing", "uniform", "--per_class", 2,
-                   "--trajectory", 1000, 400, 0, cwd=tmp_path)
+    done = wrapper("out", "--checkpoint", checkpoint, "--sampler", "ddpm", "--steps", 10, "--spacing", "uniform",
+                   "--per_class", 2, "--trajectory", 1000, 400, 0, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     kept = sorted(path.name for path in (tmp_path / "out/trajectory").iterdir())
     assert kept == sorted(f"{digit}_t{t:04d}.png" for digit in range(10) for t in (0, 400, 1000))
