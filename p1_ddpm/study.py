@@ -53,6 +53,11 @@ def parse_args():
     return parser.parse_args()
 
 
+def digest_of(path):
+    """Eight hexadecimal digits that tell one checkpoint file from another."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+
+
 def describe(args, digest, epochs):
     """What a row of results is about, as text: the checkpoint and the values of FLAGS."""
     flags = {flag: getattr(args, flag) for flag in FLAGS}
@@ -85,7 +90,7 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     epochs = load_checkpoint(args.checkpoint, "p1_ddpm", ["metrics"])["metrics"][-1]["epoch"]
-    digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:8]
+    digest = digest_of(args.checkpoint)
     make_output_dir(args.output.parent)
     judge = Judge(args.data_dir)
     rows = pd.read_csv(args.output, dtype=str).to_dict("records") if args.output.exists() else []

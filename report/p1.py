@@ -1,7 +1,6 @@
 """Problem 1's part of the report: the network's drawing, digits, the reverse process, the studies."""
 
 import argparse
-import hashlib
 import json
 
 import pandas as pd
@@ -12,6 +11,7 @@ from p1_ddpm.diffusion import SAMPLERS, guided_predictor
 from p1_ddpm.evaluate import Judge
 from p1_ddpm.inference import add_sampling_arguments, check_steps, generate, load_model
 from p1_ddpm.model import Attention, ResidualBlock
+from p1_ddpm.study import digest_of
 from report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, image_grid, plt, save
 from utils import UserError, image_generators, randn, to_uint8
 
@@ -174,8 +174,7 @@ def quality(model, alphas_cumprod, args, data_dir, device, per_class):
 def read_study(path, checkpoint):
     """The rows of study.csv that are about `checkpoint`, and those of table ema, which are about a training."""
     study = pd.read_csv(path, dtype={"checkpoint": str})
-    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:8]
-    return study[(study.checkpoint == digest) | (study.table == "ema")]
+    return study[(study.checkpoint == digest_of(checkpoint)) | (study.table == "ema")]
 
 
 def build(args, folder, device):
