@@ -1,8 +1,9 @@
 """The noise predictor eps_theta(x_t, t) of problem 2: it takes the course's weights, UNet.pt, and it can be trained.
 
-It is the CelebA-HQ 256x256 network of Ho et al. 2020 (arXiv 2006.11239, appendix B): six resolutions with two
-residual blocks each, self-attention at the fifth resolution and in the middle. The names of the weights
-(down1 ... down18, mid1, mid2, up1 ... up23) are those of the course's file.
+It is the CelebA-HQ 256x256 network of Ho et al. 2020 (arXiv 2006.11239, appendix B) as a public PyTorch version has
+it: six resolutions with two residual blocks each, self-attention at the fifth resolution and in the middle. That
+version pads on both sides where it halves the image and divides the frequencies' exponent by the full width. The names
+of the weights (down1 ... down18, mid1, mid2, up1 ... up23) are those of the course's file.
 
     model = UNet(channel=channel_of(weights))
     model.load_state_dict(weights)
@@ -89,7 +90,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every position looks at every position; plain matrix products, for the maps are at most a few hundred wide."""
+    """Every position looks at every position; plain matrix products, for a 256x256 image has only 256 there."""
 
     def __init__(self, channel, heads, norm_groups):
         super().__init__()
@@ -132,12 +133,12 @@ class UNet(nn.Module):
 
     x: (B, in_channel, H, W) with values about [-1, 1] plus noise, H and W divisible by 32. time: (B,) raw step
     numbers t = 0 ... 999, integer or float, not divided by T. `channel` (a multiple of 4) scales every width;
-    the course's network has 128. Raises ValueError for anything else.
+    the course's network has 128. Raises ValueError for other widths and shapes.
     """
 
     def __init__(self, in_channel=3, channel=128, attn_heads=1, use_affine_time=False, dropout=0):
         super().__init__()
-        if channel < 4 or channel % 4 or channel % groups(channel) or 4 * channel % attn_heads:
+        if channel < 4 or channel % 4 or channel % groups(channel) or attn_heads < 1 or 4 * channel % attn_heads:
             raise ValueError(f"channel must be a multiple of 4 (of 32 above 128) and attn_heads divide 4 * channel; "
                              f"got channel={channel}, attn_heads={attn_heads}")
         self.in_channel = in_channel

@@ -10,9 +10,9 @@ Takes about a minute on two CPU cores. The public files may lie anywhere below -
     SVHN     {train,test,extra}_32x32.mat (format 2) as far as they are there, whole or in part (test_32x32_first8000.mat)
     BSDS500  BSR_bsds500.tgz, or unpacked: .../images/train/*.jpg
 
-The official training and test digits, whichever are there, are pooled and split 64/16/20 into train,
-val and test. Same files and same --seed give the same bytes. A finished domain is left alone; one that
-was interrupted starts again.
+The official parts, whichever are there, are pooled (of SVHN the extra digits too) and split 64/16/20 into train,
+val and test. Same files and same --seed give the same images, and with one version of Pillow the same bytes. A
+finished domain is left alone; one that was interrupted starts again.
 """
 
 import bz2
@@ -72,7 +72,8 @@ def read(path, reader):
     try:
         return reader(path)
     except Exception as error:  # gzip, bz2, tar, MATLAB and JPEG each fail in their own ways
-        raise UserError(f"the file {path} is damaged ({str(error) or type(error).__name__}); delete it and fetch it again")
+        raise UserError(f"the file {path} cannot be read ({str(error) or type(error).__name__}); if it is damaged, delete it "
+                        "and fetch it again")
 
 
 def find(source_dir, *patterns):

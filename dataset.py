@@ -51,8 +51,7 @@ def _decode(path, size):
     except FileNotFoundError:
         raise UserError(f"there is no image {path}; check the path")
     except Exception as error:  # each of Pillow's decoders has its own ways to fail
-        raise UserError(f"the image {path} is truncated or not an image ({str(error) or type(error).__name__}); "
-                        "replace the file")
+        raise UserError(f"the image {path} cannot be read ({str(error) or type(error).__name__}); replace the file")
 
 
 def read_images(paths, size=28, on_error=None):
@@ -79,6 +78,7 @@ def read_images(paths, size=28, on_error=None):
             bar.update(len(chunk))
             for index, error in errors:
                 if on_error is None:
+                    pool.shutdown(wait=False, cancel_futures=True)
                     raise error
                 on_error(index, error)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

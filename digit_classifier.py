@@ -1,7 +1,7 @@
 """The grader of problem 1: how many images of a folder show the digit that their name begins with?
 
-    python3 digit_classifier.py --folder out_dir                    # acc = 0.996 (correct/total = 996/1000)
-    python3 digit_classifier.py --train hw2_data                    # trains Classifier.pth on MNIST-M
+    python3 digit_classifier.py --folder out_dir                    # acc = 0.999 (correct/total = 999/1000)
+    python3 digit_classifier.py --train hw2_data                    # trains Classifier.pth on MNIST-M, 60 epochs
 
 Same network, command line, weight file and output line as the course's script, so the course's
 Classifier.pth can be dropped in (or named with --checkpoint). Ours reaches 97.6 % on MNIST-M's validation

@@ -7,6 +7,7 @@
 #
 # What is in hw2_data/ already stays as it is.
 set -euo pipefail
+unset CDPATH
 
 [ $# -le 1 ] || { echo "usage: bash get_dataset.sh [SOURCE_DIR]" >&2; exit 2; }
 source_dir=""
@@ -18,6 +19,8 @@ if [ $# -eq 1 ]; then
     source_dir="$(cd -- "$1" && pwd)"
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")"
+partial="hw2_data/.partial"  # inside, so that moving a part is a rename wherever hw2_data/ lies
+trap 'rm -rf "$partial"; rmdir hw2_data 2> /dev/null || true' EXIT
 course_zip="https://drive.google.com/uc?id=1XUl4tqq3kKyWRe2lyHZ8s7U9yc_x3mWT"
 
 incomplete() {  # the first domain that is not whole
@@ -29,11 +32,11 @@ incomplete() {  # the first domain that is not whole
 }
 
 from_course() {
-    rm -rf .hw2_data.partial  # what an interrupted run left
-    mkdir .hw2_data.partial
-    python3 -m gdown "$course_zip" -O .hw2_data.partial/hw2_data.zip || return 1
-    python3 -m zipfile -e .hw2_data.partial/hw2_data.zip .hw2_data.partial || return 1
-    root="$(find .hw2_data.partial -type d -name digits -not -path '*/__MACOSX/*' | head -n 1)"
+    rm -rf "$partial"  # what a killed run left
+    mkdir -p "$partial"
+    python3 -m gdown "$course_zip" -O "$partial/hw2_data.zip" || return 1
+    python3 -m zipfile -e "$partial/hw2_data.zip" "$partial" || return 1
+    root="$(find "$partial" -type d -name digits -not -path '*/__MACOSX/*' | head -n 1)"
     [ -n "$root" ] || return 1
     local parts=(digits/mnistm digits/svhn digits/usps face)
     for part in "${parts[@]}"; do  # all or nothing: the zip's data are not to be mixed with another source's
@@ -51,17 +54,14 @@ elif [ -n "$source_dir" ]; then
     python3 build_dataset.py --source_dir "$source_dir" --data_dir hw2_data
     echo "hw2_data/digits/ was built from the public files in $source_dir"
 elif from_course; then
-    rm -rf .hw2_data.partial
     if [ -n "$(incomplete)" ]; then
         echo "get_dataset.sh: error: $(incomplete) was there already but is not whole; move it away and try again" >&2
         exit 2
     fi
     echo "what hw2_data/ lacked comes from the course's zip"
 elif [ -z "$(incomplete)" ]; then
-    rm -rf .hw2_data.partial
     echo "hw2_data/digits/ is complete already; hw2_data/face/ is only in the course's zip, which cannot be had"
 else
-    rm -rf .hw2_data.partial
     echo "the course's zip cannot be had; fetching the public data sets into public_data/ instead" >&2
     python3 build_dataset.py --source_dir public_data --data_dir hw2_data --download
     echo "hw2_data/digits/ was built from the public data sets (problem 2's hw2_data/face/ is only in the course's zip)"

@@ -5,6 +5,7 @@
 #   bash hw2_download.sh --update    after a training: lists the checkpoints of this folder in checkpoints.csv anew
 #                                    (lines with an address are written by hand and stay as they are)
 set -euo pipefail
+unset CDPATH
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
 manifest=checkpoints.csv

@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -172,15 +173,19 @@ def in_batches(function, items, batch_size):
         try:
             result = function(batch)
         except RuntimeError as error:  # torch.cuda.OutOfMemoryError, or the CPU allocator's RuntimeError
-            if "memory" not in str(error).lower() or len(batch) == 1:
+            if not re.search("out of memory|not enough memory|allocate memory|ALLOC_FAILED", str(error)):
                 raise
-            batch_size = len(batch) // 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            print(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
+            if len(batch) == 1:
+                raise UserError(f"the memory does not hold a single image ({str(error).splitlines()[0]}); free some, or "
+                                "take another --device")
+        else:
+            yield batch, result
+            start += len(batch)
             continue
-        yield batch, result
-        start += len(batch)
+        batch_size = len(batch) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # only here, where the error and the tensors that it held on to are gone
+        print(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
 
 
 def warmup_cosine(step, total, warmup):
@@ -207,22 +212,32 @@ def init_distributed(device_name="auto"):
     return device, dist.get_rank(), dist.get_world_size()
 
 
+def sum_over_processes(tensor):
+    """The sum of a tensor over all processes; each of them has to call this."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 # --- Checkpoints --------------------------------------------------------------------------------
 
 def write_atomic(path, data):
-    """Writes the bytes `data` to `path` through a temporary file beside it: whole or not at all."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Writes the bytes `data` to `path` through a temporary file beside it: whole or not at all, or UserError."""
+    path, temporary = Path(path), None
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    except BaseException as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path} ({error.strerror}); make room, or name another place")
         raise
 
 
@@ -257,9 +272,16 @@ def load_checkpoint(path, kind, keys):
                         f"{CHECKPOINT_VERSION}; fetch both anew")
     missing = [key for key in keys if key not in checkpoint]
     if missing:
-        raise UserError(f"the checkpoint {path} lacks {', '.join(missing)}; "
-                        "training goes on from last.pt, inference takes model.pt")
+        raise UserError(f"the checkpoint {path} lacks {', '.join(missing)}; name a training's last.pt, which holds all")
     return checkpoint
+
+
+def check_recipe(path, trained_with, recipe):
+    """UserError when the training whose checkpoint is `path` is to go on with other settings than it began with."""
+    other = {name: trained_with.get(name) for name in recipe if trained_with.get(name) != recipe[name]}
+    if other:
+        flags = (f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in other.items())
+        raise UserError(f"{path} was trained with {' '.join(flags)}; resume it with the same flags")
 
 
 def restore(parts, state):

@@ -47,8 +47,8 @@ def velocity(x0, t, noise, alphas_cumprod):
 def ddpm_loss(model, x0, labels, alphas_cumprod, null_label, label_drop=0.1):
     """Algorithm 1 with label dropping (Ho & Salimans 2022, Algorithm 1), in terms of v.
 
-    The network predicts v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x_0 (Salimans & Ho 2022, appendix D). Its error
-    is that of eps divided by sqrt(alpha-bar), so the noisy steps, which decide about the digit's shape, count for
+    The network predicts v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x_0 (Salimans & Ho 2022, appendix D). Its squared
+    error is that of eps divided by alpha-bar, so the noisy steps, which decide about the digit's shape, count for
     more than in the plain loss, whose sum is nearly all texture. Returns (t, loss), both (B,): the drawn steps and
     each image's mean squared error in v.
     """
@@ -97,14 +97,15 @@ def uniform_levels(total, steps):
 def log_snr_levels(alphas_cumprod, steps):
     """The steps visited from t = T down to 0, `steps` + 1 integers, about equally far apart in log(signal / noise).
 
-    That is the variable in which a solver's error per stride is even (Lu et al. 2022, arXiv 2206.00927), so strides
-    are short in t where the image emerges from noise and where it is finished. The first stride ends where the image
-    is as faint as the noise is at t = 1. No stride is below one step: with steps = T every step is visited.
+    That is lambda, in which a solver's error per stride is even (Lu et al. 2022, arXiv 2206.00927), so strides are
+    short in t where the image emerges from noise and where it is finished. Targets are `steps` equidistant lambdas
+    from -lambda_1 to lambda_1; T stands in for the first of them, since its image is fainter yet. No stride is below
+    one step: with steps = T every step is visited.
     """
-    log_snr = torch.log(alphas_cumprod[1:] / (1 - alphas_cumprod[1:])) / 2  # of t = 1 ... T
-    targets = torch.linspace(-log_snr[0].item(), log_snr[0].item(), steps, dtype=torch.float64)
-    nearest = 1 + (log_snr - targets[:, None]).abs().argmin(dim=1)
-    levels = [len(log_snr)]
+    lambda_ = torch.log(alphas_cumprod[1:] / (1 - alphas_cumprod[1:])) / 2  # of t = 1 ... T
+    targets = torch.linspace(-lambda_[0].item(), lambda_[0].item(), steps, dtype=torch.float64)
+    nearest = 1 + (lambda_ - targets[:, None]).abs().argmin(dim=1)
+    levels = [len(lambda_)]
     for i in range(1, steps):
         levels.append(max(min(nearest[i].item(), levels[-1] - 1), steps - i))
     return levels + [0]

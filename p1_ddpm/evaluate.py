@@ -94,16 +94,22 @@ class Judge:
         return torch.cat([rms_distances(batch, self.train_images).min(1).values for batch in images.split(250)])
 
 
+def summary(measures):
+    """The measures in one line: accuracies in %, the Frechet distance and its ratio to the floor, mean diversity."""
+    return dict(accuracy=100 * measures["accuracy"], worst_digit=100 * min(measures["accuracy_per_digit"].values()),
+                frechet=measures["frechet"], frechet_ratio=measures["frechet"] / measures["frechet_floor"],
+                diversity=float(np.mean(list(measures["diversity"].values()))))
+
+
 def report(measures):
     """The measures as text for people."""
-    per_digit = " ".join(f"{d}: {100 * a:.0f}" for d, a in measures["accuracy_per_digit"].items())
-    ratios = measures["diversity"]
-    lines = [f"accuracy          {100 * measures['accuracy']:.1f} %   per digit {per_digit}",
-             f"Frechet distance  {measures['frechet']:.3f}   real digits {measures['frechet_floor']:.3f} +- "
-             f"{measures['frechet_floor_deviation']:.3f}   ratio {measures['frechet'] / measures['frechet_floor']:.2f}"]
-    if ratios:
-        lines.append(f"diversity         {np.mean(list(ratios.values())):.3f} of real digits'   per digit "
-                     + " ".join(f"{d}: {r:.2f}" for d, r in ratios.items()))
+    total = summary(measures)
+    per_digit = " ".join(f"{d}: {100 * a:.4g}" for d, a in measures["accuracy_per_digit"].items())
+    lines = [f"accuracy          {total['accuracy']:.4g} %   per digit {per_digit}",
+             f"Frechet distance  {total['frechet']:.3f}   real digits {measures['frechet_floor']:.3f} +- "
+             f"{measures['frechet_floor_deviation']:.3f}   ratio {total['frechet_ratio']:.2f}",
+             f"diversity         {total['diversity']:.3f} of real digits'   per digit "
+             + " ".join(f"{d}: {r:.2f}" for d, r in measures["diversity"].items())]
     drawn, real = measures["nearest_drawn"], measures["nearest_real"]
     lines.append(f"nearest training image, rms in grey levels: median {drawn.median():.1f}, smallest {drawn.min():.1f}; "
                  f"real validation digits: median {real.median():.1f}, smallest {real.min():.1f}")

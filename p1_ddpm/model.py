@@ -2,7 +2,7 @@
 
 It works on patches: a 28x28 RGB image becomes a 14x14 map of 2x2 patches with 12 channels and back
 (space to depth), which costs a quarter of a UNet at full resolution and shows no seams. Time and class
-enter every residual block through adaptive group normalisation (Dhariwal & Nichol 2021, equation 6).
+enter every residual block through adaptive group normalisation (Dhariwal & Nichol 2021, section 3.1).
 """
 
 import math
@@ -43,7 +43,7 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions of a feature map, with a shortcut."""
 
-    def __init__(self, channels, heads):
+    def __init__(self, channels, heads=4):
         super().__init__()
         self.heads = heads
         self.norm = nn.GroupNorm(8, channels)
@@ -62,30 +62,32 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """v(x_t, t, y) with two resolutions, 14x14 and 7x7; attention at the lower one.
 
-    channels: widths of the two resolutions. num_classes: labels 0 ... num_classes-1; the label
-    num_classes stands for "no label" (classifier-free guidance, Ho & Salimans 2022).
+    channels: widths of the two resolutions. blocks: residual blocks per resolution and way. Labels are 0 ... 9;
+    null_label stands for "no label" (classifier-free guidance, Ho & Salimans 2022).
     """
 
-    def __init__(self, channels=(64, 128), blocks=2, heads=4, dropout=0.0, num_classes=10, patch=2):
+    patch, null_label = 2, 10
+
+    def __init__(self, channels=(64, 128), blocks=1, dropout=0.0):
         super().__init__()
         high, low = channels
         embedding = 4 * high
-        self.patch, self.width, self.null_label = patch, high, num_classes
+        self.width = high
         self.time = nn.Sequential(nn.Linear(high, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        self.label = nn.Embedding(num_classes + 1, embedding)
+        self.label = nn.Embedding(self.null_label + 1, embedding)
 
         def residual(in_channels, out_channels):
             return ResidualBlock(in_channels, out_channels, embedding, dropout)
 
-        self.first = nn.Conv2d(3 * patch**2, high, 3, padding=1)
+        self.first = nn.Conv2d(3 * self.patch**2, high, 3, padding=1)
         self.down_high = nn.ModuleList([residual(high, high) for _ in range(blocks)])
         self.downsample = nn.Conv2d(high, low, 3, stride=2, padding=1)
         self.down_low = nn.ModuleList([residual(low, low) for _ in range(blocks)])
-        self.middle = nn.ModuleList([residual(low, low), Attention(low, heads), residual(low, low)])
+        self.middle = nn.ModuleList([residual(low, low), Attention(low), residual(low, low)])
         self.up_low = nn.ModuleList([residual(2 * low, low) for _ in range(blocks)])
         self.upsample = nn.Conv2d(low, high, 3, padding=1)
         self.up_high = nn.ModuleList([residual(2 * high, high) for _ in range(blocks)])
-        self.last = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 3 * patch**2, 3, padding=1))
+        self.last = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 3 * self.patch**2, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
 
     def forward(self, x, t, label):

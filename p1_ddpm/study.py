@@ -1,4 +1,4 @@
-"""How guidance, sampler and number of steps trade accuracy, fidelity, diversity and time: the README's tables.
+"""How guidance, sampler and number of steps trade accuracy, fidelity, diversity and time: the report's tables.
 
     python3 p1_ddpm/study.py                       # all tables of the committed checkpoint
     python3 p1_ddpm/study.py --tables guidance     # one of them
@@ -11,7 +11,6 @@ as Markdown.
 
 import argparse
 import hashlib
-import math
 import sys
 import time
 from pathlib import Path
@@ -22,24 +21,23 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from p1_ddpm.evaluate import Judge  # noqa: E402
-from p1_ddpm.inference import CHECKPOINT, add_sampling_arguments, check_steps, generate, load_model  # noqa: E402
+from p1_ddpm.evaluate import Judge, summary  # noqa: E402
+from p1_ddpm.inference import add_sampling_arguments, generate, load_model  # noqa: E402
 from utils import (argument_parser, int_at_least, load_checkpoint, make_output_dir, pick_device, run,  # noqa: E402
                    write_atomic)
 
 # Each table varies some flags of inference.py and leaves the others at what the command line says.
 TABLES = {
-    "guidance": [dict(guidance=g, interval=[0, math.inf]) for g in (0.0, 0.5, 1.0, 2.0, 3.0)],
-    "interval": [dict(guidance=g, interval=[low, high]) for g in (2.0, 3.0)
-                 for low, high in ((300, math.inf), (500, math.inf), (300, 900))],
-    "steps": [dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (8, 16, 32)],
-    "spacing": [dict(spacing=s, steps=n) for s in ("log_snr", "uniform") for n in (8, 16, 32)],
+    "guidance": [dict(guidance=g) for g in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)],
+    "interval": [dict(interval=[low, high]) for low, high in ((0, 1000), (200, 1000), (400, 1000), (200, 950))],
+    "steps": [dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (8, 12, 16, 20, 32)],
+    "spacing": [dict(spacing=s, steps=n) for s in ("log_snr", "uniform") for n in (8, 20, 32)],
     "reference": [dict(sampler="ddpm", steps=1000)],
     "seeds": [dict(seed=s) for s in range(5)],
     "ema": [dict(weights=w) for w in ("ema", "model")],
 }
 FLAGS = ["sampler", "steps", "spacing", "guidance", "interval", "seed", "weights", "eta", "per_class"]
-MEASURES = ["accuracy", "worst_digit", "frechet", "frechet_ratio", "diversity", "seconds"]
+MEASURES = {"accuracy": 2, "worst_digit": 2, "frechet": 3, "frechet_ratio": 2, "diversity": 3, "seconds": 1}  # decimals
 
 
 def parse_args():
@@ -68,16 +66,12 @@ def describe(args, digest, epochs):
 def measure(model, alphas_cumprod, judge, args, device):
     """The MEASURES of the setting in `args`."""
     numbers = [(digit, number) for digit in range(10) for number in range(1, args.per_class + 1)]
-    levels, start = check_steps(args, alphas_cumprod), time.time()
-    images = torch.cat([images for _, images, _ in generate(model, alphas_cumprod, numbers, args, levels, device)])
+    start = time.time()
+    images = torch.cat([images for _, images, _ in generate(model, alphas_cumprod, numbers, args, device)])
     seconds = time.time() - start
-    measures = judge(images, torch.tensor([digit for digit, _ in numbers]), neighbours=False)
-    return dict(accuracy=round(100 * measures["accuracy"], 2),
-                worst_digit=round(100 * min(measures["accuracy_per_digit"].values()), 2),
-                frechet=round(measures["frechet"], 3),
-                frechet_ratio=round(measures["frechet"] / measures["frechet_floor"], 2),
-                diversity=round(sum(measures["diversity"].values()) / len(measures["diversity"]), 3),
-                seconds=round(seconds, 1))
+    measures = summary(judge(images, torch.tensor([digit for digit, _ in numbers]), neighbours=False))
+    measures["seconds"] = seconds
+    return {name: round(measures[name], decimals) for name, decimals in MEASURES.items()}
 
 
 def markdown(table):

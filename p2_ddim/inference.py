@@ -4,7 +4,7 @@
     bash hw2_2.sh hw2_data/face/noise out hw2_data/face/UNet.pt --amp        # faster, not to the pixel
 
 Float32, the default, follows the conventions that gave the course's ground truth (see ddim.py). A UNet of
-p2_ddim/train.py is taken as well.
+p2_ddim/train.py is taken as well. Flags come after the three paths.
 """
 
 import sys
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from p2_ddim.ddim import T, sample, stretch  # noqa: E402
+from p2_ddim.ddim import T, sample, stretch, timesteps  # noqa: E402
 from UNet import STRIDE, UNet, channel_of  # noqa: E402
 from utils import (UserError, amp_dtype, argument_parser, autocast, float_between, image_generators,  # noqa: E402
                    in_batches, int_at_least, load_torch, make_output_dir, pick_device, run, save_png)
@@ -36,8 +36,9 @@ def parse_args():
     parser.add_argument("--amp", nargs="?", const="auto", default="off", choices=["auto", "off", "bf16", "fp16"],
                         help="mixed precision; --amp alone takes what the device does fast")
     parser.add_argument("--channels_last", action=BooleanOptionalAction,
-                        help="memory layout of the images; on by default on a CPU, where it is faster")
-    parser.add_argument("--skip_existing", action="store_true", help="go on where an earlier run stopped")
+                        help="memory layout of weights and images; when not given: on a CPU, where it is faster")
+    parser.add_argument("--skip_existing", action="store_true",
+                        help="go on where an earlier run stopped, with the same noise files")
     return parser.parse_args()
 
 
@@ -53,11 +54,13 @@ def load_unet(path):
             content = content[key]
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__} and not the weights of a UNet; name UNet.pt")
-    weights = {name.removeprefix("module."): value for name, value in content.items() if torch.is_tensor(value)}
-    try:
-        model = UNet(channel=channel_of(weights))
-    except (KeyError, ValueError):
-        model = UNet()  # the course's, to say how the weights differ from it
+    weights = {name.removeprefix("module."): value for name, value in content.items()
+               if isinstance(name, str) and torch.is_tensor(value)}
+    with torch.device("meta"):  # shapes alone: a foreign file's could fill the memory
+        try:
+            model = UNet(channel=channel_of(weights))
+        except (KeyError, IndexError, ValueError):
+            model = UNet()  # the course's, to say how the weights differ from it
     found, expected = ({name: tuple(value.shape) for name, value in state.items()}
                        for state in (weights, model.state_dict()))
     wrong = [f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}"
@@ -65,7 +68,7 @@ def load_unet(path):
     if wrong:
         raise UserError(f"the weights in {path} are not those of UNet.py: {'; '.join(wrong[:3])}"
                         f"{f'; and {len(wrong) - 3} more' * (len(wrong) > 3)}")
-    model.load_state_dict(weights)
+    model.to_empty(device="cpu").load_state_dict(weights)
     return model.eval()
 
 
@@ -117,6 +120,8 @@ def main():
         raise UserError(f"--steps {args.steps} is above {T}, the number of noise levels")
     device = pick_device(args.device)
     dtype = amp_dtype(args.amp, device)
+    if args.amp == "auto" and dtype is None:
+        print("--amp: this CPU has no bfloat16 units; going on in float32", file=sys.stderr)
     paths = find_noises(args.noise_dir)
     output_dir = make_output_dir(args.output_dir)
     # Sampling noise is keyed by a file's place in the folder, so neither batch nor --skip_existing changes an image.
@@ -128,12 +133,15 @@ def main():
     def draw(batch):
         noise = torch.cat([load_noise(path) for _, path in batch]).to(device)
         generators = image_generators(args.seed, [i for i, _ in batch])
-        bar.n = drawn * args.steps  # counted anew when a batch that was too large is tried again
+        bar.n = drawn * calls  # counted anew when a batch that was too large is tried again
         with autocast(device, dtype):
-            return stretch(sample(model, noise, args.steps, args.eta, generators, lambda *_: bar.update(len(batch))))
+            images = sample(model, noise, args.steps, args.eta, generators, lambda *_: bar.update(len(batch)))
+        if not images.isfinite().all():
+            raise UserError(f"sampling {batch[0][1]} ends in NaN; the weights hold NaN, or --amp exceeds its range")
+        return stretch(images)
 
-    drawn = 0
-    with tqdm(total=len(todo) * args.steps, unit="step", disable=None) as bar:
+    drawn, calls = 0, len(timesteps(args.steps))
+    with tqdm(total=len(todo) * calls, unit="step", disable=None) as bar:
         for batch, images in in_batches(draw, todo, args.batch_size):
             for (_, path), image in zip(batch, images):
                 save_png(output_dir / f"{path.stem}.png", image)

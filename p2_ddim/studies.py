@@ -9,9 +9,10 @@ from p2_ddim.ddim import lerp, sample, slerp, stretch
 from utils import image_generators
 
 ALPHAS = [i / 10 for i in range(11)]
+ETAS = (0, 0.25, 0.5, 0.75, 1)
 
 
-def eta_grid(model, noises, etas=(0, 0.25, 0.5, 0.75, 1), steps=50, seed=0):
+def eta_grid(model, noises, etas=ETAS, steps=50, seed=0):
     """(len(etas) * len(noises), 3, H, W): one row of faces per eta, one column per noise; torchvision's make_grid
     with nrow=len(noises) lays them out. A column's added noise is the same random numbers in every row."""
     x = torch.cat(list(noises))
@@ -26,9 +27,8 @@ def interpolation_strip(model, x, y, path, alphas=ALPHAS, steps=50):
 def norm_table(x, y, alphas=ALPHAS):
     """Rows (alpha, norm of slerp, norm of lerp), norms divided by sqrt(number of values), so that noise has about 1.
 
-    Why lerp's middle is washed out: independent noises are nearly orthogonal, and the mean of two such vectors
-    is sqrt(1/2) as long. The network has never seen noise that weak at t = 981, takes it for a smooth image and
-    finds little noise to remove. Slerp keeps the length.
+    Independent noises are nearly orthogonal, and the mean of two such vectors is sqrt(1/2) as long: lerp leaves the
+    sphere on which all noise of the training has lain, slerp stays on it.
     """
     return [(alpha, *((path(x, y, alpha).norm() / x.numel() ** 0.5).item() for path in (slerp, lerp)))
             for alpha in alphas]

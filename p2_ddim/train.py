@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 
 from p2_ddim.ddim import T, alphas_cumprod, sample, stretch  # noqa: E402
 from UNet import STRIDE, UNet  # noqa: E402
-from utils import (EMA, UserError, amp_dtype, argument_parser, autocast, float_between, grad_scaler,  # noqa: E402
+from utils import (EMA, UserError, amp_dtype, argument_parser, autocast, check_recipe, float_between, grad_scaler,  # noqa: E402
                    image_generators, init_distributed, int_at_least, load_checkpoint, make_output_dir, randn, restore, run,
-                   save_checkpoint, save_png, seed_all, warmup_cosine, write_atomic)
+                   save_checkpoint, save_png, seed_all, sum_over_processes, warmup_cosine, write_atomic)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -48,21 +48,24 @@ def load_images(path, size):
     if path.is_dir():
         names, read = [p for p in path.rglob("*") if p.is_file()], Path.read_bytes
     elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"the zip file {path} is damaged ({error}); fetch it again")
         names, read = archive.namelist(), archive.read
     else:
         raise UserError(f"{path} is neither a folder nor a zip file; name one that holds face images")
     names = sorted(n for n in names if Path(n).suffix.lower() in SUFFIXES and not Path(n).name.startswith("."))
     if not names:
         raise UserError(f"there are no images ({', '.join(SUFFIXES)}) in {path}; name another folder or zip file")
-    images = np.empty((len(names), size, size, 3), np.uint8)
+    images = np.empty((len(names), 3, size, size), np.uint8)
     for i, name in enumerate(tqdm(names, desc="reading images", disable=None)):
         try:
             image = Image.open(io.BytesIO(read(name))).convert("RGB")
         except Exception:  # zip, zlib and each of Pillow's decoders have their own ways to fail
             raise UserError(f"the image {name} of {path} is damaged; remove it or fetch it again")
-        images[i] = ImageOps.fit(image, (size, size), Image.LANCZOS)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        images[i] = np.moveaxis(np.asarray(ImageOps.fit(image, (size, size), Image.LANCZOS)), 2, 0)
+    return torch.from_numpy(images)
 
 
 def batch_at(images, step, batch_size, seed):
@@ -93,12 +96,12 @@ def parse_args():
     parser.add_argument("--data_dir", type=Path, required=True, help="folder or zip file of face images")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "p2_ddim/output", help="where checkpoints go")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in --output_dir")
-    parser.add_argument("--dry_run", action="store_true", help="check everything, train two steps, write nothing")
+    parser.add_argument("--dry_run", action="store_true", help="train two steps, write nothing")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of weights, order, noise and steps")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
                         help="mixed precision; auto takes what the device does fast")
-    parser.add_argument("--size", type=int_at_least(STRIDE), default=64, help=f"side of the images, times of {STRIDE}")
+    parser.add_argument("--size", type=int_at_least(STRIDE), default=64, help=f"side of the images, a multiple of {STRIDE}")
     parser.add_argument("--channel", type=int_at_least(4), default=32, help="width of the UNet; the course's has 128")
     parser.add_argument("--epochs", type=int_at_least(1), default=32, help="passes over the images")
     parser.add_argument("--batch_size", type=int_at_least(1), default=32, help="images per step")
@@ -125,9 +128,9 @@ def main():
     last = args.output_dir / "last.pt"
     config = {key: getattr(args, key) for key in
               ("channel", "size", "epochs", "batch_size", "lr", "warmup", "ema", "seed")}
-    state = load_checkpoint(last, "p2_ddim", ["config", "model", "optimizer"]) if args.resume else None
-    if state and state["config"] != config:
-        raise UserError(f"{last} was trained with {state['config']}; resume it with the same flags")
+    state = load_checkpoint(last, "p2_ddim", ["config", "step", "metrics", "model", "optimizer"]) if args.resume else None
+    if state:
+        check_recipe(last, state["config"], config)
     if not (args.resume or args.dry_run) and last.exists():
         raise UserError(f"{args.output_dir} holds a training already; add --resume or name another --output_dir")
     if not args.dry_run:
@@ -179,16 +182,19 @@ def main():
         quarters.index_add_(0, t * 4 // T, torch.stack([loss.detach(), torch.ones_like(loss)], dim=1))
         step += 1
         bar.update()
-        if args.dry_run or rank != 0 or (step % args.save_every and step < total):
+        if args.dry_run or (step % args.save_every and step < total):
             continue
 
-        loss_sum, count = quarters.T
+        loss_sum, count = sum_over_processes(quarters).T
+        if rank != 0:
+            quarters.zero_()
+            continue
         if not loss_sum.isfinite().all():
             raise UserError(f"the loss is not a number at step {step}; train anew with a lower --lr")
         metrics.append(dict(step=step, loss=round((loss_sum.sum() / count.sum()).item(), 5),
                             loss_quarters=[round(q, 5) for q in (loss_sum / count.clamp(min=1)).tolist()],
                             lr=optimizer.param_groups[0]["lr"],
-                            images_per_second=round(world_size * count.sum().item() / (time.time() - start), 1)))
+                            images_per_second=round(count.sum().item() / (time.time() - start), 1)))
         bar.write("step {step}: loss {loss:.4f}, by quarter of t {loss_quarters}, lr {lr:.2e}, "
                   "{images_per_second} images/s".format(**metrics[-1]))
         save_slim(args.output_dir / "model.pt", ema.shadow, config)

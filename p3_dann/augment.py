@@ -5,7 +5,8 @@ fixed views. Between MNIST-M, SVHN and USPS the digits differ in place, size, sl
 street numbers have neighbours. Whatever the changes below can turn into each other is no longer a difference between
 the domains, and only the rest is left for the adversary to align. None of them needs to know the target's labels.
 
-Images are float grey (N, 1, 28, 28) in 0..255, except for `random_intensity`.
+`grey`, `standardize`, `views` and `augment` take colour images as they were read, uint8 (N, 3, 28, 28); the random
+changes take grey ones, float (N, 1, 28, 28).
 """
 
 import math
@@ -99,13 +100,13 @@ def augment(images, zoom, row, without=()):
 
     row: show parts of other images of the batch as neighbours; without: names from PARTS, for the ablation.
     """
-    views = grey(images)
+    images = grey(images)
     if "geometry" not in without:
-        views = random_affine(row_of_digits(views) if row and "neighbours" not in without else views, zoom)
+        images = random_affine(row_of_digits(images) if row and "neighbours" not in without else images, zoom)
     if "sharpness" not in without:
-        views = random_sharpness(views)
-    views = standardize(views)
-    return views if "intensity" in without else random_intensity(views)
+        images = random_sharpness(images)
+    images = standardize(images)
+    return images if "intensity" in without else random_intensity(images)
 
 
 def augment_source(images, without=()):

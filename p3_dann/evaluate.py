@@ -24,7 +24,7 @@ NO_ANSWER = 10
 def read_answers(csv_path):
     """A list of (name, label) strings; unlike dataset.read_labels it takes faulty rows, to count them."""
     try:
-        table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, index_col=False)
+        table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
         return list(zip(table["image_name"], table["label"]))
     except KeyError as error:
         raise UserError(f"{csv_path} has no column {error}; its first line must be image_name,label")

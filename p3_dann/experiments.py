@@ -128,10 +128,14 @@ def main():
     print(table.to_string(index=False), main_table(table).to_string(), sep="\n\n")
     if args.publish:
         checkpoints = ROOT / "p3_dann/checkpoints"
+        files = {name + kind: args.output_dir / f"{name}_s0" / file for name in MODELS
+                 for kind, file in ((".pt", "model.pt"), (".jsonl", "metrics.jsonl"))}
+        missing = [path for path in files.values() if not path.exists()]
+        if missing:
+            raise UserError(f"there is no {missing[0]} to publish; add main to --tables")
+        for name, path in files.items():
+            write_atomic(checkpoints / name, path.read_bytes())
         write_atomic(checkpoints / "results.csv", text)
-        for name in MODELS:
-            for kind, file in ((".pt", "model.pt"), (".jsonl", "metrics.jsonl")):
-                write_atomic(checkpoints / (name + kind), (args.output_dir / f"{name}_s0" / file).read_bytes())
         print("wrote p3_dann/checkpoints; now run: bash hw2_download.sh --update")
 
 

@@ -56,7 +56,7 @@ def target_from_images(images):
     """'usps' when the typical image of uint8 (N, 3, H, W) is grey, else (or when there is none) 'svhn'.
 
     Grey: the channels differ by at most 2 levels on average (a JPEG of a grey image need not have equal channels).
-    In the data sets that mean is 0 for every USPS image, and 3 or more for every SVHN image.
+    That is 0 for a USPS image, and below 2 for no SVHN image that was looked at; the median forgives exceptions.
     """
     spread = (images.amax(dim=1).float() - images.amin(dim=1).float()).mean(dim=(1, 2))
     return "usps" if len(images) and spread.median() <= 2 else "svhn"
@@ -69,7 +69,7 @@ def read(paths, warn=False):
     def report(index, error):
         readable[index] = False
         if warn:
-            print(f"warning: {error}; it gets the commonest answer", file=sys.stderr)
+            print(f"warning: {error}; until then its answer is the commonest one", file=sys.stderr)
 
     return read_images(paths, on_error=report), readable
 

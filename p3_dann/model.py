@@ -89,8 +89,8 @@ class Dann(nn.Module):
 def adapt_statistics(model, images, batch_size=512):
     """Sets the normalisation statistics of `model` to those of the unlabelled `images`, uint8 (N, 3, 28, 28).
 
-    Training normalises each domain by its own batches; this is what stands in for them at prediction time, so that
-    a prediction depends on one image only. It also fits the statistics to the averaged weights.
+    Training normalises each domain by its own batches. At prediction time these statistics stand in for the batch's, so
+    that a prediction depends on one image only. It also fits the statistics to the averaged weights.
     """
     device = next(model.parameters()).device
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -132,9 +132,9 @@ def load_model(path, device="cpu"):
     UserError when the file is missing, damaged or something else.
     """
     checkpoint = load_checkpoint(path, "p3_dann", ["config", "recipe", "ema"])
-    model = Dann(**checkpoint["config"])
     try:
+        model = Dann(**checkpoint["config"])
         model.load_state_dict(checkpoint["ema"])
-    except RuntimeError:
-        raise UserError(f"{path} does not hold the averaged weights alone; name the model.pt that lies beside it")
+    except (TypeError, RuntimeError):
+        raise UserError(f"{path} does not hold this network's averaged weights alone; name a model.pt of train.py")
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint["recipe"]

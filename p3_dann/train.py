@@ -8,9 +8,10 @@
     python3 p3_dann/train.py --target svhn --dry_run          # two steps, to see that all is in place
     torchrun --nproc_per_node=2 p3_dann/train.py              # several processes; --batch_size is for all together
 
-All three share network, augmentation, optimiser and number of steps, so that they can be compared. In mode dann the
-target's labels are never read: neither training nor the choice of the weights (the average at the end of a fixed
-budget) knows them. After the end, validation labels give the accuracy for the table.
+All three share network, optimiser and number of steps, so that they can be compared. Source images are augmented
+more widely than the target's own, which need no magnification and no neighbours (augment.py). In mode dann the target's
+labels are never read: neither training nor the choice of the weights (the average at the end of a fixed budget) knows
+them. After the end, validation labels give the accuracy for the table.
 
 Reads hw2_data/digits. Writes into --output_dir:
     last.pt         everything that --resume needs, after every epoch
@@ -18,8 +19,9 @@ Reads hw2_data/digits. Writes into --output_dir:
     metrics.jsonl   one line per epoch, and the validation accuracy of every domain at the end
 
 How to read an epoch's line: `domain` is the discriminator's accuracy; 0.5 means that the features hide the domain,
-1.0 that it still tells the domains apart. A domain loss near 0.69 = log 2 is the same good news.
-`confident` is the share of target images that the classifier is 90 % sure of, the label-free sign of success.
+1.0 that it still tells the domains apart. A domain loss near 0.69 = log 2 says the same; in the first epochs it says
+only that the discriminator has not learned yet. `confident` is the share of target images that the classifier is 90 %
+sure of, the label-free sign of success. All are means over an epoch's augmented batches, with dropout.
 """
 
 import json
@@ -38,9 +40,9 @@ sys.path.insert(0, str(ROOT))
 from dataset import DOMAINS, load_split  # noqa: E402
 from p3_dann.augment import PARTS, augment_source, augment_target  # noqa: E402
 from p3_dann.model import Dann, adapt_statistics, lambda_schedule, predict  # noqa: E402
-from utils import (EMA, UserError, amp_dtype, argument_parser, autocast, float_between, grad_scaler,  # noqa: E402
+from utils import (EMA, UserError, amp_dtype, argument_parser, autocast, check_recipe, float_between, grad_scaler,  # noqa: E402
                    init_distributed, int_at_least, load_checkpoint, make_output_dir, restore, run, save_checkpoint,
-                   seed_all, warmup_cosine, write_atomic)
+                   seed_all, sum_over_processes, warmup_cosine, write_atomic)
 
 STEPS_PER_EPOCH = 100  # the same in all modes, whatever the sizes of their data sets
 
@@ -134,10 +136,8 @@ def main():
                                                      "weight_decay", "lambda_max", "ema", "without")}
     last = output_dir / "last.pt"
     state = load_checkpoint(last, "p3_dann", ["recipe", "model", "optimizer"]) if args.resume else None
-    for name, value in recipe.items():
-        if state and state["recipe"][name] != value:
-            raise UserError(f"{last} was trained with --{name} {state['recipe'][name]}, not {value}; "
-                            "resume it with the same flags")
+    if state:
+        check_recipe(last, state["recipe"], recipe)
     if last.exists() and not (args.resume or args.dry_run):
         raise UserError(f"{output_dir} holds a training already; add --resume or name another --output_dir")
 
@@ -194,11 +194,12 @@ def main():
             ema.update(model)
             for name, value in report.items():
                 sums[name] = sums.get(name, 0) + value
+        means = {name: round(sum_over_processes(value).item() / (world_size * steps_per_epoch), 4)
+                 for name, value in sums.items()}
         if rank != 0:
             continue
 
-        metrics.append(dict(epoch=epoch + 1, **(dict(lambda_=round(lambda_, 4)) if args.mode == "dann" else {}),
-                            **{name: round(value.item() / steps_per_epoch, 4) for name, value in sums.items()},
+        metrics.append(dict(epoch=epoch + 1, **(dict(lambda_=round(lambda_, 4)) if args.mode == "dann" else {}), **means,
                             seconds=round(time.time() - start, 1)))
         print(", ".join(f"{name} {value}" for name, value in metrics[-1].items()), flush=True)
         content = dict(kind="p3_dann", config=model.config, recipe=recipe, metrics=metrics)
@@ -208,10 +209,11 @@ def main():
     if rank == 0:
         model.load_state_dict(ema.shadow)
         adapt_statistics(model, statistics_images)
-        half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        save_checkpoint(output_dir / "model.pt", kind="p3_dann", config=model.config, recipe=recipe, ema=half)
         accuracy = {} if args.dry_run else validation_accuracy(model, args.data_dir)
         write_jsonl(output_dir / "metrics.jsonl", [*metrics, dict(recipe, validation_accuracy=accuracy)])
+        half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        # Last of all: where model.pt is, the record is whole.
+        save_checkpoint(output_dir / "model.pt", kind="p3_dann", config=model.config, recipe=recipe, ema=half)
         print(f"validation accuracy in %: {accuracy}; wrote {output_dir / 'model.pt'}")
 
 

@@ -46,7 +46,7 @@ def extract_features(model, images, own_statistics):
 
 
 def proxy_a_distance(source_features, target_features, seed=0):
-    """2 (1 - 2 error) of a linear domain classifier on held-out features (Ben-David et al. 2007).
+    """2 (1 - 2 error) of a linear domain classifier on held-out features (Ben-David et al. 2006).
 
     Trained on one random half, tested on the other; an error above 1/2 counts as 1/2, so that 0 <= distance <= 2.
     """

@@ -8,8 +8,8 @@ and --noise name its files. Problem 3 gets images of random noise. Memory is the
 --output, a CSV file, line by line, and prints the same as a table. Let nothing else run beside it.
 """
 
-import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from p2_ddim.inference import find_noises  # noqa: E402
 from UNet import UNet  # noqa: E402
 from utils import UserError, argument_parser, make_output_dir, run, write_atomic  # noqa: E402
 
@@ -57,6 +58,13 @@ def measure(command):
     return seconds, memory / 1024 / (1024 if sys.platform == "darwin" else 1)  # macOS counts in bytes, Linux in KiB
 
 
+def cpu_name():
+    """The processor's name where Linux tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall("model name\\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.machine()
+
+
 def make_inputs(folder, args):
     """Writes random weights, noises and images where none were named: (unet, noise folder, image folder)."""
     torch.manual_seed(0)
@@ -83,7 +91,7 @@ def commands(folder, args, unet, noise, images):
         rows.append(("p1", "hw2_1.sh", 10 * per_class, 900,
                      ["bash", ROOT / "hw2_1.sh", folder / "p1", "--per_class", per_class]))
     if "p2" in args.only:
-        count = len(list(noise.glob("*.pt")))
+        count = len(find_noises(noise))
         for amp in ([], ["--amp"]):
             rows.append(("p2", f"hw2_2.sh, {steps} steps {' '.join(amp)}".strip(), count, 300,
                          ["bash", ROOT / "hw2_2.sh", noise, folder / "p2", unet, "--steps", steps, *amp]))
@@ -99,7 +107,7 @@ def main():
         raise UserError("--unet needs --noise, the folder of its noise files")
     make_output_dir(args.output.parent)
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    names = {"cpu": f"{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()})",
+    names = {"cpu": f"{torch.get_num_threads()} threads of {cpu_name()}",
              "cuda": torch.cuda.get_device_name() if len(devices) > 1 else ""}
     rows = []
     with tempfile.TemporaryDirectory() as temporary:

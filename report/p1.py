@@ -8,12 +8,12 @@ import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from p1_ddpm.diffusion import SAMPLERS, guided_predictor
-from p1_ddpm.evaluate import Judge
+from p1_ddpm.evaluate import Judge, summary
 from p1_ddpm.inference import add_sampling_arguments, check_steps, generate, load_model
 from p1_ddpm.model import Attention, ResidualBlock
-from p1_ddpm.study import digest_of
+from p1_ddpm.study import TABLES, digest_of
 from report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, image_grid, plt, save
-from utils import UserError, image_generators, randn, to_uint8
+from utils import UserError, image_generators, load_checkpoint, randn, to_uint8
 
 STATES = (1000, 800, 600, 400, 200, 0)
 COLOURS = {"residual block": SKY, "attention": ORANGE, "convolution": GREY, "output": GREY}
@@ -114,8 +114,7 @@ def reverse_process(model, alphas_cumprod, device):
     total = len(alphas_cumprod) - 1
     args = sampling_arguments("--sampler", "ddpm", "--steps", str(total))
     keep = [t * total // 1000 for t in STATES]
-    levels = check_steps(args, alphas_cumprod)
-    [(_, _, states)] = generate(model, alphas_cumprod, [(0, 1)], args, levels, device, keep)
+    [(_, _, states)] = generate(model, alphas_cumprod, [(0, 1)], args, device, keep)
     return torch.cat([states[t] for t in keep])
 
 
@@ -143,7 +142,7 @@ def guidance_figure(path, study):
 
 
 def steps_figure(path, study):
-    """Frechet ratio and seconds against the number of steps, one line for each sampler."""
+    """Frechet ratio and accuracy against the number of steps, one line for each sampler."""
     rows = study[study.table.isin(["steps", "reference"])]
     figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.3))
     for (name, group), colour in zip(rows.groupby("sampler"), (VERMILION, BLUE, GREEN)):
@@ -160,21 +159,24 @@ def steps_figure(path, study):
 def quality(model, alphas_cumprod, args, data_dir, device, per_class):
     """The measures of evaluate.py for the digits that hw2_1.sh draws, as plain numbers."""
     numbers = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
-    levels = check_steps(args, alphas_cumprod)
-    images = torch.cat([images for _, images, _ in generate(model, alphas_cumprod, numbers, args, levels, device)])
+    images = torch.cat([images for _, images, _ in generate(model, alphas_cumprod, numbers, args, device)])
     measures = Judge(data_dir)(images, torch.tensor([digit for digit, _ in numbers]))
-    diversity = measures["diversity"].values()
-    return dict(images=len(images), accuracy=100 * measures["accuracy"],
-                worst=100 * min(measures["accuracy_per_digit"].values()), frechet=measures["frechet"],
-                floor=measures["frechet_floor"], ratio=measures["frechet"] / measures["frechet_floor"],
-                diversity=sum(diversity) / len(diversity), nearest_drawn=measures["nearest_drawn"].median().item(),
+    return dict(summary(measures), images=len(images), frechet_floor=measures["frechet_floor"],
+                nearest_drawn=measures["nearest_drawn"].median().item(),
                 nearest_real=measures["nearest_real"].median().item())
 
 
 def read_study(path, checkpoint):
-    """The rows of study.csv that are about `checkpoint`, and those of table ema, which are about a training."""
+    """The rows of study.csv that are about `checkpoint`, and those of table ema, which are about a training.
+
+    UserError when a table of this checkpoint is missing.
+    """
     study = pd.read_csv(path, dtype={"checkpoint": str})
-    return study[(study.checkpoint == digest_of(checkpoint)) | (study.table == "ema")]
+    study = study[(study.checkpoint == digest_of(checkpoint)) | (study.table == "ema")]
+    missing = set(TABLES) - set(study.table) - {"ema"}
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))} for {checkpoint}; run p1_ddpm/study.py")
+    return study
 
 
 def build(args, folder, device):
@@ -189,6 +191,7 @@ def build(args, folder, device):
             raise UserError(f"there is no {path}; p1_ddpm/{maker} makes it")
     metrics, study = [json.loads(line) for line in records[0].read_text().splitlines()], read_study(records[1], checkpoint)
     model, alphas_cumprod = load_model(checkpoint, device)
+    content = load_checkpoint(checkpoint, "p1_ddpm", ["recipe", "schedule"])
     sampling = sampling_arguments()
     blocks = architecture(folder / "p1_architecture.png", model)
     image_grid(folder / "p1_grid.png", digits_of_same_noise(model, alphas_cumprod, device, sampling), 10,
@@ -201,6 +204,10 @@ def build(args, folder, device):
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), blocks=len(blocks), epochs=metrics[-1]["epoch"],
         minutes=sum(epoch["seconds"] for epoch in metrics) / 60, loss=metrics[-1]["loss"],
-        sampler=sampling.sampler, steps=sampling.steps, guidance=sampling.guidance,
+        quarters=[metrics[i]["loss_quarters"] for i in (0, -1)],
+        sampler=sampling.sampler, steps=sampling.steps, guidance=sampling.guidance, interval=sampling.interval,
+        schedule=content["schedule"][0], noise_steps=len(alphas_cumprod) - 1, recipe=content["recipe"],
+        # A training that is prolonged begins a new fall of the learning rate.
+        prolonged=[before["epoch"] for before, after in zip(metrics, metrics[1:]) if after["lr"] > before["lr"]],
         quality=quality(model, alphas_cumprod, sampling, args.data_dir, device, 3 if args.quick else 100),
         study=json.loads(study.to_json(orient="records")))

@@ -5,16 +5,20 @@ import torch
 from p2_ddim.ddim import lerp, sample, slerp, stretch
 from p2_ddim.evaluate import mean_squared_errors, read_images
 from p2_ddim.inference import find_noises, load_noise, load_unet, place
-from p2_ddim.studies import ALPHAS, eta_grid, interpolation_strip, norm_table, steps_table
+from p2_ddim.studies import ALPHAS, ETAS, eta_grid, interpolation_strip, norm_table, steps_table
 from report.figures import BLUE, VERMILION, image_grid, plt, save
 from utils import UserError, load_torch
-
-ETAS = (0, 0.25, 0.5, 0.75, 1)
 
 
 def detail(images):
     """Mean absolute difference of horizontal neighbours in grey levels, for each of uint8 `images` (N, 3, H, W)."""
     return images.float().diff(dim=3).abs().mean(dim=(1, 2, 3)).tolist()
+
+
+def drift(grid, columns):
+    """Root mean square distance in grey levels of each row of an eta grid from its first, over the columns."""
+    rows = grid.float().reshape(-1, columns, *grid.shape[1:])
+    return (rows - rows[0]).square().mean(dim=(1, 2, 3, 4)).sqrt().tolist()
 
 
 def interpolation_figure(path, rows, details):
@@ -50,25 +54,25 @@ def build(args, folder, device):
         if name not in names or truth.shape[:2] != size:
             raise UserError(f"{args.gt / name} is no ground truth of a noise in {args.noise}: a noise of that name and of "
                             f"{truth.shape[0]}x{truth.shape[1]} pixels is wanted")
-    model = place(load_unet(args.unet), device)
+    model, config = place(load_unet(args.unet), device), load_torch(args.unet).get("config")
     steps, study = (4, dict(steps=(2, 3), reference=5)) if args.quick else (50, {})
     faces = torch.cat([stretch(sample(model, noise, steps)) for noise in noises]).cpu()
     image_grid(folder / "p2_faces.png", faces, len(faces), scale=1.2)
-    image_grid(folder / "p2_eta.png", eta_grid(model, noises[:4], ETAS, steps).cpu(), 4,
+    grid = eta_grid(model, noises[:4], ETAS, steps).cpu()
+    image_grid(folder / "p2_eta.png", grid, 4,
                row_names=[f"eta {eta}" for eta in ETAS], column_names=[path.stem for path in paths[:4]], scale=1.6)
     strips = [interpolation_strip(model, *noises[:2], way, steps=steps).cpu() for way in (slerp, lerp)]
     for name, strip in zip(("slerp", "lerp"), strips):
         image_grid(folder / f"p2_{name}.png", strip, len(strip), column_names=ALPHAS)
-    norms = norm_table(*noises[:2])
-    interpolation_figure(folder / "p2_interpolation.png", norms, [detail(strip) for strip in strips])
+    norms, details = norm_table(*noises[:2]), [detail(strip) for strip in strips]
+    interpolation_figure(folder / "p2_interpolation.png", norms, details)
     table = steps_table(model, torch.cat(noises[:4]), **study)
     steps_figure(folder / "p2_steps.png", table)
     drawn = {f"{path.stem}.png": face.permute(1, 2, 0).double().numpy() for path, face in zip(paths, faces)}
     errors = mean_squared_errors(drawn, truths)
     for name, error in errors.items():
         print(f"{name}: MSE {error:.4f}")
-    config = load_torch(args.unet).get("config", {})
     return dict(
-        course=args.course, parameters=sum(p.numel() for p in model.parameters()), size=noises[0].shape[-1],
-        faces=len(faces), steps=steps, config=config, norms=norms, details=[detail(strip) for strip in strips],
+        course=config is None, parameters=sum(p.numel() for p in model.parameters()), size=noises[0].shape[-1],
+        faces=len(faces), steps=steps, config=config or {}, norms=norms, details=details, etas=ETAS, drift=drift(grid, 4),
         steps_table=table, reference=study.get("reference", 1000), errors=errors)

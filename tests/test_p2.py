@@ -74,7 +74,10 @@ def check_scalar_run(x):
 def test_scalar_run_is_the_courses():
     check_scalar_run(sample(tanh_model, START).numpy().ravel())
     check_scalar_run(independent_loop())
-    for wrong in (dict(clamp=False), dict(last=1.0), dict(last=1.0, shift=1)):
+    for wrong, values in ((dict(clamp=False), [-71.22, -0.1775, 0.1062, 133.1]),
+                          (dict(last=1.0), [-0.350948, -0.174671, 0.105189, 0.354730]),
+                          (dict(last=1.0, shift=1), [-0.351675, -0.174642, 0.105155, 0.355448])):
+        np.testing.assert_allclose(independent_loop(**wrong), values, rtol=1e-3)
         with pytest.raises(AssertionError):
             check_scalar_run(independent_loop(**wrong))
 
@@ -278,12 +281,18 @@ def test_wrapper_draws_one_image_for_each_noise(tmp_path, noises, unet_pt, monke
         assert image.shape == (32, 32, 3) and np.abs(image - expected).max() <= 1 and image.std() > 10
 
 
-def test_batch_size_and_an_interruption_do_not_change_an_image(tmp_path, noises, unet_pt, monkeypatch):
+def test_flags_set_an_image_but_batch_size_and_interruption_do_not(tmp_path, noises, unet_pt, monkeypatch):
     flags = (unet_pt, "--steps", 3, "--eta", 1, "--seed", 4)
     run_inference(monkeypatch, noises, tmp_path / "one", *flags)
     run_inference(monkeypatch, noises, tmp_path / "three", *flags, "--batch_size", 3, "--no-channels_last")
     one, three = read_pngs(tmp_path / "one"), read_pngs(tmp_path / "three")
     assert one.keys() == three.keys() and all(np.abs(one[name] - three[name]).max() <= 1 for name in one)
+
+    model = inference.load_unet(unet_pt)
+    for i, path in enumerate(inference.find_noises(noises)):
+        for seed, same in ((4, True), (5, False)):
+            face = stretch(sample(model, inference.load_noise(path), 3, 1.0, image_generators(seed, [i])))[0]
+            assert (np.abs(one[f"{path.stem}.png"] - face.permute(1, 2, 0).numpy()).max() <= 1) == same
 
     (tmp_path / "three/01.png").unlink()
     (tmp_path / "three/z.png").write_bytes(b"kept")
@@ -456,7 +465,7 @@ def test_loss_is_algorithm_1():
 
 
 def test_slim_file_draws_as_the_average_does(tmp_path):
-    """Half precision must not touch the time frequencies: at t = 981 their error would be half a turn."""
+    """Half precision must not touch the time frequencies: at t = 981 their error would be a quarter of a radian."""
     torch.manual_seed(0)
     model = UNet(channel=8).eval()
     for parameter in model.parameters():
@@ -472,12 +481,24 @@ def test_slim_file_draws_as_the_average_does(tmp_path):
 
 def test_two_processes_train_together(faces, tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                           ROOT / "p2_ddim/train.py", *map(str, tiny(faces, tmp_path / "out", "--dry_run"))],
+                           ROOT / "p2_ddim/train.py", *map(str, tiny(faces, tmp_path / "out", "--epochs", 1))],
                           capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "12 images" in done.stdout and "2 process(es)" in done.stdout
-    assert done.stdout.count("dry run: two steps") == 1
-    assert not (tmp_path / "out").exists()
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3] and all(np.isfinite(line["loss"]) for line in lines)
+    assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] == 3
+
+
+def test_a_dry_run_writes_nothing(faces, tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, *tiny(faces, tmp_path / "out", "--dry_run"))
+    assert "dry run: two steps" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_training_lowers_the_loss(faces, tmp_path, monkeypatch):
+    run_train(monkeypatch, *tiny(faces, tmp_path / "out", "--epochs", 40, "--lr", 3e-3, "--save_every", 30))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -488,6 +509,29 @@ def test_two_processes_train_together(faces, tmp_path):
 def test_bad_training_flags_get_a_sentence(faces, tmp_path, monkeypatch, flags, message):
     with pytest.raises(UserError, match=message):
         run_train(monkeypatch, *tiny(faces, tmp_path / "out", *flags))
+
+
+def test_a_noise_saved_on_a_gpu_loads_on_a_cpu(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(torch.ones(1, 3, 32, 32), tmp_path / "00.pt")
+    if not torch.cuda.is_available():
+        with pytest.raises((RuntimeError, pickle.UnpicklingError), match="CUDA"):
+            torch.load(tmp_path / "00.pt", weights_only=True)
+    assert torch.equal(inference.load_noise(tmp_path / "00.pt"), torch.ones(1, 3, 32, 32))
+
+
+def test_weights_of_foreign_shapes_are_refused_and_nan_is_not_drawn(tmp_path, noises, unet_pt, monkeypatch):
+    for content in ({0: torch.zeros(2)}, {"down1.weight": torch.tensor(1.0)}, {"down1.weight": torch.zeros(2 ** 20, 1)}):
+        torch.save(content, tmp_path / "foreign.pt")
+        with pytest.raises(UserError, match="are not those of UNet.py"):
+            inference.load_unet(tmp_path / "foreign.pt")
+    content = torch.load(unet_pt, weights_only=True)
+    content["ema"]["out.2.bias"].fill_(float("nan"))
+    torch.save(content, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match="ends in NaN"):
+        run_inference(monkeypatch, noises, tmp_path / "out", tmp_path / "nan.pt", "--steps", 1)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_damaged_image_is_named(tmp_path):

@@ -294,7 +294,7 @@ def test_mistakes_in_training_are_told(monkeypatch, tmp_path, data_dir, tiny_net
     train_tiny(monkeypatch, data_dir, tmp_path / "out")
     with pytest.raises(UserError, match="--resume"):
         train_tiny(monkeypatch, data_dir, tmp_path / "out")
-    with pytest.raises(UserError, match="--lr 0.003, not 0.1"):
+    with pytest.raises(UserError, match="was trained with --lr 0.003; resume"):
         train_tiny(monkeypatch, data_dir, tmp_path / "out", "--resume", "--lr", "0.1")
     with pytest.raises(UserError, match="model.pt"):
         load_model(tmp_path / "out" / "last.pt")

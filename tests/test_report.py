@@ -1,6 +1,7 @@
 """The report from tiny checkpoints: every figure is there, the PDF is whole, the numbers are the records' own."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,14 +39,15 @@ def p1_checkpoint(tmp_path_factory, data_dir):
     """A tiny network of problem 1 with 50 noise steps, and beside it the records of its training and its study."""
     folder = tmp_path_factory.mktemp("p1")
     config = dict(channels=[8, 16], blocks=1, dropout=0.0)
-    metrics = [dict(epoch=i, loss=1 / i, loss_quarters=[1 / i, 0.5, 0.4, 0.3], seconds=60.0) for i in (1, 2)]
+    metrics = [dict(epoch=i, loss=1 / i, loss_quarters=[1 / i, 0.5, 0.4, 0.3], lr=i / 1000, seconds=60.0) for i in (1, 2)]
     save_checkpoint(folder / "ddpm.pt", kind="p1_ddpm", model_config=config, schedule=["cosine", 50],
-                    metrics=metrics[-1:], ema=random_weights(DigitUNet(**config), 0).state_dict(),
+                    recipe=dict(batch_size=64, lr=0.001, ema=0.999, label_drop=0.1), metrics=metrics[-1:], ema=random_weights(DigitUNet(**config), 0).state_dict(),
                     model=random_weights(DigitUNet(**config), 1).state_dict())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(study.TABLES, "reference", [dict(sampler="ddpm", steps=50)])
         for _ in range(2):  # the second call finds everything done
-            patch.setattr(sys, "argv", ["study.py", "--tables", "guidance", "steps", "ema", "--per_class", "2",
+            patch.setattr(sys, "argv", ["study.py", "--tables", *study.TABLES, "--per_class", "2",
                                         "--checkpoint", str(folder / "ddpm.pt"), "--output", str(folder / "study.csv"),
                                         "--data_dir", str(data_dir), "--device", "cpu"])
             study.main()
@@ -113,8 +115,7 @@ def test_results_are_measured_on_the_published_networks(p3_results, data_dir):
 
 def test_study_measures_each_setting_once(p1_checkpoint):
     table = pd.read_csv(p1_checkpoint.parent / "study.csv")
-    assert table.groupby("table").size().to_dict() == {
-        name: len(study.TABLES[name]) for name in ("guidance", "steps", "ema")}
+    assert table.groupby("table").size().to_dict() == {name: len(settings) for name, settings in study.TABLES.items()}
     ema = table[table.table == "ema"]
     assert ema.weights.tolist() == ["ema", "model"] and ema.frechet.nunique() == 2
 
@@ -141,21 +142,26 @@ def test_report_builds_from_tiny_checkpoints(tmp_path, data_dir, p1_checkpoint, 
     (tmp_path / "noise").mkdir()
     for i in range(4):
         torch.save(torch.randn(1, 3, 32, 32), tmp_path / f"noise/{i:02d}.pt")
+    (tmp_path / "truth").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "truth/02.png")
     done = build(tmp_path, "--quick", "--student_id", "r12345678", "--data_dir", data_dir, "--unet",
-                 tmp_path / "face.pt", "--noise", tmp_path / "noise", "--p1_checkpoint", p1_checkpoint,
+                 tmp_path / "face.pt", "--noise", tmp_path / "noise", "--gt", tmp_path / "truth", "--p1_checkpoint", p1_checkpoint,
                  "--p3_checkpoints", p3_results / "p3_dann/checkpoints")
     assert done.returncode == 0, done.stderr
     pdf = (tmp_path / "the report/hw2_r12345678.pdf").read_bytes()
     assert Image.open(tmp_path / "the report/strip.png").height == 260
     figures = set(re.findall(r'drawing\("(\w+)"', "".join(p.read_text() for p in ROOT.glob("report/p?.typ"))))
-    figures |= {f"p3_tsne_{target}{when}" for target in ("svhn", "usps") for when in ("", "_before")} - {"p3_tsne_"}
+    figures |= {f"p3_tsne_{target}{when}" for target in ("svhn", "usps") for when in ("", "_before")}
     figures.discard("p3_tsne_")
     made = {path.stem for path in (tmp_path / "the report/build").glob("*.png")}
     assert figures == made and len(figures) == 18
     assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
     assert len(re.findall(rb"/Subtype\s*/Image", pdf)) >= len(figures)
     numbers = json.loads((tmp_path / "the report/build/p1.json").read_text())
-    assert numbers["epochs"] == 2 and numbers["minutes"] == 2 and numbers["loss"] == 0.5
+    assert numbers["epochs"] == 2 and numbers["minutes"] == 2 and numbers["loss"] == 0.5 and numbers["prolonged"] == [1]
+    numbers = json.loads((tmp_path / "the report/build/p2.json").read_text())
+    assert list(numbers["errors"]) == ["02.png"] and numbers["errors"]["02.png"] > 100 and not numbers["course"]
+    assert numbers["drift"][0] == 0 and min(numbers["drift"][1:]) > 1
 
     # One part alone: the others stay as they were.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "the report/build").iterdir()}
@@ -173,6 +179,22 @@ def test_benchmark_measures_one_command_at_a_time(tmp_path):
     assert big[1] > 300 > small[1] > 1 and big[0] > 0
     with pytest.raises(UserError, match="broken.py failed: .*no device"):
         benchmark.measure([sys.executable, tmp_path / "broken.py"])
+
+
+def test_a_study_of_another_checkpoint_is_not_taken(tmp_path, p1_checkpoint):
+    (tmp_path / "other.pt").write_bytes(b"other")
+    with pytest.raises(UserError, match="lacks guidance, interval, reference, seeds, spacing, steps for"):
+        p1.read_study(p1_checkpoint.parent / "study.csv", tmp_path / "other.pt")
+
+
+def test_benchmark_runs_the_wrappers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--only", "p3", "--output", str(tmp_path / "b.csv")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    benchmark.main()
+    [row] = pd.read_csv(tmp_path / "b.csv").to_dict("records")
+    assert row["what"] == "hw2_3.sh" and row["images"] == 1000 and row["images_per_second"] > 0 and row["peak_mib"] > 50
+    assert "hw2_3.sh" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, message", [

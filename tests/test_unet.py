@@ -102,7 +102,7 @@ def test_other_inputs_are_refused_with_a_sentence(narrow, shape, times):
         narrow(torch.zeros(shape), torch.zeros(times))
 
 
-@pytest.mark.parametrize("arguments", [dict(channel=6), dict(channel=0), dict(channel=132), dict(attn_heads=3)])
+@pytest.mark.parametrize("arguments", [dict(channel=6), dict(channel=0), dict(channel=132), dict(attn_heads=3), dict(attn_heads=0)])
 def test_impossible_widths_are_refused(arguments):
     with pytest.raises(ValueError, match="multiple of 4"):
         UNet(**arguments)

@@ -111,13 +111,18 @@ def test_in_batches_halves_a_batch_that_does_not_fit(capsys):
     assert "going on with batches of 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("message, size", [("out of memory", 1), ("shapes do not match", 8)])
-def test_in_batches_hides_no_other_error(message, size):
+@pytest.mark.parametrize("message, error", [("CUDA out of memory", utils.UserError),
+                                            ("an illegal memory access was encountered", RuntimeError)])
+def test_in_batches_gives_up_when_one_item_does_not_fit_and_hides_no_other_error(message, error):
+    sizes = []
+
     def fail(batch):
+        sizes.append(len(batch))
         raise RuntimeError(message)
 
-    with pytest.raises(RuntimeError, match=message):
-        list(utils.in_batches(fail, list(range(8)), size))
+    with pytest.raises(error, match=message):
+        list(utils.in_batches(fail, list(range(8)), 4))
+    assert sizes == ([4, 2, 1] if error is utils.UserError else [4])
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):
@@ -140,9 +145,10 @@ def test_write_atomic_is_whole_or_not_at_all(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    for error in (disk_full, interrupted):
-        monkeypatch.setattr(os, "replace", error)
-        with pytest.raises((OSError, KeyboardInterrupt)):
+    for failure, error, message in ((disk_full, utils.UserError, "file.bin .No space left on device.; make room"),
+                                    (interrupted, KeyboardInterrupt, None)):
+        monkeypatch.setattr(os, "replace", failure)
+        with pytest.raises(error, match=message):
             utils.write_atomic(path, b"new content")
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.bin"]
     monkeypatch.undo()
