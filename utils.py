@@ -212,9 +212,15 @@ def init_distributed(device_name="auto"):
     return device, dist.get_rank(), dist.get_world_size()
 
 
+_reduced = []
+
+
 def sum_over_processes(tensor):
     """The sum of a tensor over all processes; each of them has to call this."""
     if dist.is_available() and dist.is_initialized():
+        # Kept until the end: where gloo's thread drops the last reference, it waits for Python's lock while
+        # destroy_process_group, which holds the lock, waits for the thread (seen with PyTorch 2.0.1).
+        _reduced.append(tensor)
         dist.all_reduce(tensor)
     return tensor
 

@@ -103,7 +103,7 @@ def parse_args():
                         help="mixed precision; auto takes what the device does fast")
     parser.add_argument("--size", type=int_at_least(STRIDE), default=64, help=f"side of the images, a multiple of {STRIDE}")
     parser.add_argument("--channel", type=int_at_least(4), default=32, help="width of the UNet; the course's has 128")
-    parser.add_argument("--epochs", type=int_at_least(1), default=32, help="passes over the images")
+    parser.add_argument("--epochs", type=int_at_least(1), default=24, help="passes over the images")
     parser.add_argument("--batch_size", type=int_at_least(1), default=32, help="images per step")
     parser.add_argument("--lr", type=float_between(0), default=4e-4, help="highest learning rate")
     parser.add_argument("--warmup", type=int_at_least(1), default=500, help="steps of linear warm-up")

@@ -2,6 +2,8 @@
 data set of random digits for the tests that need all three domains."""
 
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,3 +31,18 @@ def data_dir(tmp_path_factory):
             table = pd.DataFrame(dict(image_name=names, label=[i % 10 for i in range(40)]))
             table.to_csv(folder / ("train.csv", "val.csv")[split], index=False)
     return root
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """torchrun(script, flags...): runs a script of the repository as `torchrun --nproc_per_node=2` does and returns the
+    completed process; whatever waits for ever is ended after five minutes."""
+    def run(script, *flags):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+                   Path(__file__).resolve().parents[1] / script, *flags]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=300,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return run

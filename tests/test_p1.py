@@ -318,11 +318,9 @@ def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch):
     assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
 
 
-def test_two_processes_train_together(tmp_path, data_dir):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                           ROOT / "p1_ddpm/train.py", "--data_dir", data_dir, "--output_dir", tmp_path, "--epochs", "1",
-                           "--batch_size", "16", "--device", "cpu", "--channels", "8", "16"],
-                          capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_two_processes_train_together(tmp_path, data_dir, torchrun):
+    done = torchrun("p1_ddpm/train.py", "--data_dir", data_dir, "--output_dir", tmp_path, "--epochs", 1,
+                    "--batch_size", 16, "--device", "cpu", "--channels", 8, 16)
     assert done.returncode == 0, done.stderr
     assert "64 images" in done.stdout and "2 process(es)" in done.stdout and done.stdout.count("epoch 1: loss") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "model.pt", "metrics.jsonl", "samples_001.png"}

@@ -479,10 +479,8 @@ def test_slim_file_draws_as_the_average_does(tmp_path):
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_train_together(faces, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                           ROOT / "p2_ddim/train.py", *map(str, tiny(faces, tmp_path / "out", "--epochs", 1))],
-                          capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_two_processes_train_together(faces, tmp_path, torchrun):
+    done = torchrun("p2_ddim/train.py", *tiny(faces, tmp_path / "out", "--epochs", 1))
     assert done.returncode == 0, done.stderr
     assert "12 images" in done.stdout and "2 process(es)" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]

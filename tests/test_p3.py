@@ -300,11 +300,8 @@ def test_mistakes_in_training_are_told(monkeypatch, tmp_path, data_dir, tiny_net
         load_model(tmp_path / "out" / "last.pt")
 
 
-def test_dry_run_of_two_processes(tmp_path, data_dir):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               ROOT / "p3_dann/train.py", "--dry_run", "--device", "cpu", "--data_dir", data_dir,
-               "--output_dir", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_dry_run_of_two_processes(tmp_path, data_dir, torchrun):
+    result = torchrun("p3_dann/train.py", "--dry_run", "--device", "cpu", "--data_dir", data_dir, "--output_dir", tmp_path)
     assert result.returncode == 0, result.stderr
     model, recipe = load_model(tmp_path / "dry_run" / "model.pt")
     assert recipe["mode"] == "dann" and predict(model, random_images(2)).isfinite().all()
