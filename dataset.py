@@ -78,7 +78,6 @@ def read_images(paths, size=28, on_error=None):
             bar.update(len(chunk))
             for index, error in errors:
                 if on_error is None:
-                    pool.shutdown(wait=False, cancel_futures=True)
                     raise error
                 on_error(index, error)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

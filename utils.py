@@ -286,7 +286,7 @@ def check_recipe(path, trained_with, recipe):
     """UserError when the training whose checkpoint is `path` is to go on with other settings than it began with."""
     other = {name: trained_with.get(name) for name in recipe if trained_with.get(name) != recipe[name]}
     if other:
-        flags = (f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in other.items())
+        flags = (f"--{name} {' '.join(map(str, v)) or 'nothing' if isinstance(v, list) else v}" for name, v in other.items())
         raise UserError(f"{path} was trained with {' '.join(flags)}; resume it with the same flags")
 
 

@@ -59,18 +59,18 @@ def ddpm_loss(model, x0, labels, alphas_cumprod, null_label, label_drop=0.1):
     return t, (v - velocity(x0, t, noise, alphas_cumprod)).square().flatten(1).mean(1)
 
 
-def guided_predictor(model, labels, null_label, alphas_cumprod, guidance, interval=(1, math.inf)):
+def guided_predictor(model, labels, null_label, alphas_cumprod, guidance, interval=(0, 1000)):
     """predict(x, t) -> (x0, eps) under classifier-free guidance of the given strength.
 
     v = (1 + guidance) v(x, y) - guidance v(x), which is equation 6 of Ho & Salimans 2022 since eps is linear in v;
-    0 is the plain conditional model. Guidance acts only while interval[0] <= t <= interval[1] (Kynkaanniemi et al.
-    2024); elsewhere the unconditional pass is skipped. x0 is clamped to [-1, 1], and eps is what that x0 implies.
+    0 is the plain conditional model. Guidance acts only while t, in thousandths of T, is in the closed interval
+    (Kynkaanniemi et al. 2024); elsewhere the unconditional pass is skipped. x0 is clamped to [-1, 1], and eps is what that x0 implies.
     """
-    null = torch.full_like(labels, null_label)
+    null, total = torch.full_like(labels, null_label), len(alphas_cumprod) - 1
 
     def predict(x, t):
         steps = torch.full_like(labels, t)
-        if guidance != 0 and interval[0] <= t <= interval[1]:
+        if guidance != 0 and interval[0] <= 1000 * t / total <= interval[1]:
             both = model(torch.cat([x, x]), torch.cat([steps, steps]), torch.cat([labels, null]))
             conditional, unconditional = both.chunk(2)
             v = (1 + guidance) * conditional - guidance * unconditional
@@ -99,11 +99,11 @@ def log_snr_levels(alphas_cumprod, steps):
 
     That is lambda, in which a solver's error per stride is even (Lu et al. 2022, arXiv 2206.00927), so strides are
     short in t where the image emerges from noise and where it is finished. Targets are `steps` equidistant lambdas
-    from -lambda_1 to lambda_1; T stands in for the first of them, since its image is fainter yet. No stride is below
+    from -lambda_1, or lambda_T where that is higher, to lambda_1; T itself stands in for the first of them. No stride is below
     one step: with steps = T every step is visited.
     """
     lambda_ = torch.log(alphas_cumprod[1:] / (1 - alphas_cumprod[1:])) / 2  # of t = 1 ... T
-    targets = torch.linspace(-lambda_[0].item(), lambda_[0].item(), steps, dtype=torch.float64)
+    targets = torch.linspace(max(-lambda_[0].item(), lambda_[-1].item()), lambda_[0].item(), steps, dtype=torch.float64)
     nearest = 1 + (lambda_ - targets[:, None]).abs().argmin(dim=1)
     levels = [len(lambda_)]
     for i in range(1, steps):

@@ -51,7 +51,7 @@ def add_sampling_arguments(parser):
     parser.add_argument("--guidance", type=float_between(0), default=1.5,
                         help="strength of classifier-free guidance; 0 is the plain conditional model")
     parser.add_argument("--interval", type=float_between(0), nargs=2, default=[200, 1000], metavar=("LOW", "HIGH"),
-                        help="guidance acts while LOW <= t <= HIGH")
+                        help="guidance acts while LOW <= 1000 t / T <= HIGH")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--batch_size", type=int_at_least(1), default=250, help="images drawn at a time")
@@ -60,10 +60,10 @@ def add_sampling_arguments(parser):
 def load_model(path, device, weights="ema"):
     """(model, alphas_cumprod) of a checkpoint, in evaluation mode; weights: 'ema', the average, or 'model'."""
     checkpoint = load_checkpoint(path, "p1_ddpm", ["model_config", "schedule", weights])
-    model, state = UNet(**checkpoint["model_config"]), checkpoint[weights]
     try:
+        model, state = UNet(**checkpoint["model_config"]), checkpoint[weights]
         model.load_state_dict(state.get("shadow", state))  # in last.pt the average comes with its count of updates
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):
         raise UserError(f"the weights in {path} do not fit the network that it describes; fetch it again")
     return model.to(device).eval(), noise_schedule(*checkpoint["schedule"])
 

@@ -32,7 +32,7 @@ TABLES = {
     "interval": [dict(interval=[low, high]) for low, high in ((0, 1000), (200, 1000), (400, 1000), (200, 950))],
     "steps": [dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (8, 12, 16, 20, 32)],
     "spacing": [dict(spacing=s, steps=n) for s in ("log_snr", "uniform") for n in (8, 20, 32)],
-    "reference": [dict(sampler="ddpm", steps=1000)],
+    "reference": [dict(sampler="ddpm", steps=1000)],  # all steps, where there are fewer
     "seeds": [dict(seed=s) for s in range(5)],
     "ema": [dict(weights=w) for w in ("ema", "model")],
 }
@@ -83,7 +83,8 @@ def markdown(table):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    epochs = load_checkpoint(args.checkpoint, "p1_ddpm", ["metrics"])["metrics"][-1]["epoch"]
+    checkpoint = load_checkpoint(args.checkpoint, "p1_ddpm", ["metrics", "schedule"])
+    epochs, total = checkpoint["metrics"][-1]["epoch"], checkpoint["schedule"][1]
     digest = digest_of(args.checkpoint)
     make_output_dir(args.output.parent)
     judge = Judge(args.data_dir)
@@ -91,6 +92,7 @@ def main():
     for name in args.tables:
         for changes in TABLES[name]:
             setting = argparse.Namespace(**{**vars(args), **changes})
+            setting.steps = min(setting.steps, total)
             row = describe(setting, digest, epochs)
             same = [old for old in rows if all(str(old[key]) == value for key, value in row.items())]
             if any(old["table"] == name for old in same):

@@ -156,11 +156,11 @@ def main():
             quarters.index_add_(0, (t - 1) * 4 // args.noise_steps,
                                 torch.stack([loss.detach(), torch.ones_like(loss)], dim=1))
         loss_sum, loss_count = sum_over_processes(quarters).T
+        if not loss_sum.isfinite().all():  # every process sees it, so none waits for another
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}; lower --lr")
         if rank != 0:
             continue
 
-        if not loss_sum.isfinite().all():
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}; lower --lr")
         seconds = time.time() - start
         metrics.append(dict(epoch=epoch + 1, loss=round((loss_sum.sum() / loss_count.sum()).item(), 5),
                             loss_quarters=[round(q, 5) for q in (loss_sum / loss_count.clamp(min=1)).tolist()],

@@ -136,8 +136,9 @@ def main():
         bar.n = drawn * calls  # counted anew when a batch that was too large is tried again
         with autocast(device, dtype):
             images = sample(model, noise, args.steps, args.eta, generators, lambda *_: bar.update(len(batch)))
-        if not images.isfinite().all():
-            raise UserError(f"sampling {batch[0][1]} ends in NaN; the weights hold NaN, or --amp exceeds its range")
+        finite = images.isfinite().all(dim=3).all(dim=2).all(dim=1).tolist()
+        if not all(finite):
+            raise UserError(f"sampling {batch[finite.index(False)][1]} ends in NaN; the weights hold NaN, or --amp exceeds its range")
         return stretch(images)
 
     drawn, calls = 0, len(timesteps(args.steps))

@@ -143,7 +143,8 @@ def main():
     total = args.epochs * steps_per_epoch
     ema = EMA(model, args.ema)
     averaged = UNet(channel=args.channel).to(device).eval()
-    parallel = DistributedDataParallel(model) if world_size > 1 else model
+    # The one buffer is constant. Sending it round could end as sum_over_processes in utils.py tells.
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
     alpha_bar = alphas_cumprod().to(device)
     grid_noise = randn(image_generators(args.seed, range(16)), (3, args.size, args.size), device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
@@ -186,11 +187,11 @@ def main():
             continue
 
         loss_sum, count = sum_over_processes(quarters).T
+        if not loss_sum.isfinite().all():  # every process sees it, so none waits for another
+            raise UserError(f"the loss is not a number at step {step}; train anew with a lower --lr")
         if rank != 0:
             quarters.zero_()
             continue
-        if not loss_sum.isfinite().all():
-            raise UserError(f"the loss is not a number at step {step}; train anew with a lower --lr")
         metrics.append(dict(step=step, loss=round((loss_sum.sum() / count.sum()).item(), 5),
                             loss_quarters=[round(q, 5) for q in (loss_sum / count.clamp(min=1)).tolist()],
                             lr=optimizer.param_groups[0]["lr"],

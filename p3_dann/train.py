@@ -135,7 +135,7 @@ def main():
     recipe = {name: getattr(args, name) for name in ("source", "target", "mode", "seed", "epochs", "batch_size", "lr",
                                                      "weight_decay", "lambda_max", "ema", "without")}
     last = output_dir / "last.pt"
-    state = load_checkpoint(last, "p3_dann", ["recipe", "model", "optimizer"]) if args.resume else None
+    state = load_checkpoint(last, "p3_dann", ["recipe", "metrics", "model", "optimizer"]) if args.resume else None
     if state:
         check_recipe(last, state["recipe"], recipe)
     if last.exists() and not (args.resume or args.dry_run):

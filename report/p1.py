@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+from digit_classifier import classify
 from p1_ddpm.diffusion import SAMPLERS, guided_predictor
 from p1_ddpm.evaluate import Judge, summary
 from p1_ddpm.inference import add_sampling_arguments, check_steps, generate, load_model
@@ -99,9 +100,9 @@ def architecture(path, model):
 
 @torch.no_grad()
 def digits_of_same_noise(model, alphas_cumprod, device, args):
-    """uint8 (100, 3, 28, 28): row d the digit d, column c from the noise c, the same in every row."""
+    """uint8 (100, 3, 28, 28): row d the digit d; a column has the noise of 0_001.png, 0_002.png, ... in every row."""
     labels = torch.arange(10, device=device).repeat_interleave(10)
-    noise = randn(image_generators(args.seed, range(10)), (3, 28, 28), device).repeat(10, 1, 1, 1)
+    noise = randn(image_generators(args.seed, range(1, 11)), (3, 28, 28), device).repeat(10, 1, 1, 1)
     predict = guided_predictor(model, labels, model.null_label, alphas_cumprod, args.guidance, args.interval)
     generators = image_generators(args.seed, range(100))
     levels = check_steps(args, alphas_cumprod)
@@ -110,12 +111,15 @@ def digits_of_same_noise(model, alphas_cumprod, device, args):
 
 
 def reverse_process(model, alphas_cumprod, device):
-    """uint8 (len(STATES), 3, 28, 28): the first "0" of hw2_1.sh on its way by Algorithm 2, every step of it."""
+    """The first "0" of hw2_1.sh on its way by Algorithm 2, every step of it.
+
+    Returns uint8 (len(STATES), 3, 28, 28) and the image's share sqrt(alpha-bar_t) in each state.
+    """
     total = len(alphas_cumprod) - 1
     args = sampling_arguments("--sampler", "ddpm", "--steps", str(total))
     keep = [t * total // 1000 for t in STATES]
     [(_, _, states)] = generate(model, alphas_cumprod, [(0, 1)], args, device, keep)
-    return torch.cat([states[t] for t in keep])
+    return torch.cat([states[t] for t in keep]), alphas_cumprod[keep].sqrt().tolist()
 
 
 def losses(path, metrics):
@@ -157,11 +161,14 @@ def steps_figure(path, study):
 # --- All of it ----------------------------------------------------------------------------------
 
 def quality(model, alphas_cumprod, args, data_dir, device, per_class):
-    """The measures of evaluate.py for the digits that hw2_1.sh draws, as plain numbers."""
+    """The measures of evaluate.py for the digits that hw2_1.sh draws, and of what they are judged by, as plain numbers."""
     numbers = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
     images = torch.cat([images for _, images, _ in generate(model, alphas_cumprod, numbers, args, device)])
-    measures = Judge(data_dir)(images, torch.tensor([digit for digit, _ in numbers]))
+    judge = Judge(data_dir)
+    measures = judge(images, torch.tensor([digit for digit, _ in numbers]))
+    grader = (classify(judge.classifier, judge.val_images)[1] == judge.val_labels).float().mean().item()
     return dict(summary(measures), images=len(images), frechet_floor=measures["frechet_floor"],
+                real_training=len(judge.train_images), real_validation=len(judge.val_images), grader=100 * grader,
                 nearest_drawn=measures["nearest_drawn"].median().item(),
                 nearest_real=measures["nearest_real"].median().item())
 
@@ -176,7 +183,7 @@ def read_study(path, checkpoint):
     missing = set(TABLES) - set(study.table) - {"ema"}
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))} for {checkpoint}; run p1_ddpm/study.py")
-    return study
+    return study.sort_values(["sampler", "spacing", "steps", "guidance"], kind="stable")
 
 
 def build(args, folder, device):
@@ -196,8 +203,8 @@ def build(args, folder, device):
     blocks = architecture(folder / "p1_architecture.png", model)
     image_grid(folder / "p1_grid.png", digits_of_same_noise(model, alphas_cumprod, device, sampling), 10,
                row_names=range(10), column_names=range(1, 11), scale=1.1)
-    image_grid(folder / "p1_states.png", reverse_process(model, alphas_cumprod, device), len(STATES),
-               column_names=[f"t = {t}" for t in STATES], scale=1.8)
+    states, signal = reverse_process(model, alphas_cumprod, device)
+    image_grid(folder / "p1_states.png", states, len(STATES), column_names=[f"t = {t}" for t in STATES], scale=1.8)
     losses(folder / "p1_losses.png", metrics)
     guidance_figure(folder / "p1_guidance.png", study)
     steps_figure(folder / "p1_steps.png", study)
@@ -205,9 +212,11 @@ def build(args, folder, device):
         parameters=sum(p.numel() for p in model.parameters()), blocks=len(blocks), epochs=metrics[-1]["epoch"],
         minutes=sum(epoch["seconds"] for epoch in metrics) / 60, loss=metrics[-1]["loss"],
         quarters=[metrics[i]["loss_quarters"] for i in (0, -1)],
-        sampler=sampling.sampler, steps=sampling.steps, guidance=sampling.guidance, interval=sampling.interval,
+        sampler=sampling.sampler, steps=sampling.steps, spacing=sampling.spacing, guidance=sampling.guidance,
+        interval=sampling.interval, signal=signal,
         schedule=content["schedule"][0], noise_steps=len(alphas_cumprod) - 1, recipe=content["recipe"],
         # A training that is prolonged begins a new fall of the learning rate.
-        prolonged=[before["epoch"] for before, after in zip(metrics, metrics[1:]) if after["lr"] > before["lr"]],
+        prolonged=[before["epoch"] for before, after in zip(metrics, metrics[1:])
+                   if after["lr"] > before["lr"] < metrics[0]["lr"]],
         quality=quality(model, alphas_cumprod, sampling, args.data_dir, device, 3 if args.quick else 100),
         study=json.loads(study.to_json(orient="records")))

@@ -38,6 +38,16 @@ def confusion_figure(path, matrices):
     save(path, figure)
 
 
+def mistakes(counts, worst=3):
+    """Of a confusion matrix: the `worst` digits with their accuracy in %, and as many (digit, answer, count) of the
+    commonest mistakes."""
+    accuracy = 100 * counts.diagonal() / counts.sum(dim=1)
+    wrong = counts - counts.diagonal().diag()
+    pairs = [divmod(place, 10) for place in wrong.flatten().argsort(descending=True, stable=True)[:worst].tolist()]
+    return dict(worst=[(digit, accuracy[digit].item()) for digit in accuracy.argsort(stable=True)[:worst].tolist()],
+                pairs=[(digit, answer, wrong[digit, answer].item()) for digit, answer in pairs])
+
+
 def training_figure(path, metrics):
     """Losses, accuracies and lambda over the epochs of the DANN trainings: {target: rows of metrics.jsonl}."""
     figure, axes = plt.subplots(1, len(metrics), figsize=(7.2, 2.5), sharey=True)
@@ -79,6 +89,9 @@ def build(args, folder, device):
     weak = results[results.run.str.startswith("lambda_0.1")].groupby("target").accuracy.agg(["mean", "std"])
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), recipe=recipe, distances=distances,
+        widths=model.config["widths"], features=model.config["num_features"],
+        mistakes={target: mistakes(matrix) for target, matrix in zip(TARGETS, matrices.values())},
+        last={target: rows[-1] for target, rows in metrics.items()},
         seeds=int(results[results["mode"] == "dann"].seed.nunique()),
         validation={target: int(matrix.sum()) for target, matrix in zip(TARGETS, matrices.values())},
         weak=json.loads(weak.to_json(orient="index")), main=json.loads(main.to_json(orient="records")),

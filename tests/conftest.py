@@ -35,14 +35,20 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(script, flags...): runs a script of the repository as `torchrun --nproc_per_node=2` does and returns the
-    completed process; whatever waits for ever is ended after five minutes."""
+    """torchrun(script, flags...): runs a script of the repository as `torchrun --nproc_per_node=2` does and returns what
+    subprocess.run returns; whatever waits for ever is ended after five minutes and fails."""
     def run(script, *flags):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
                    Path(__file__).resolve().parents[1] / script, *flags]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            stdout, stderr = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its workers, by force after half a minute
+            pytest.fail("two processes waited for ever:\n" + "".join(process.communicate(timeout=100)))
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
     return run

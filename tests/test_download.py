@@ -172,7 +172,7 @@ def test_the_course_s_zip(repository, tmp_path):
     assert sorted(tree(folder / "hw2_data")) == [
         *(f"digits/{domain}/{file}" for domain in ("mnistm", "svhn", "usps")
           for file in ("data/1.png", "train.csv", "val.csv")), "face/UNet.pt"]
-    assert not (folder / ".hw2_data.partial").exists()
+    assert not (folder / "hw2_data/.partial").exists()
     assert "complete already" in get().stdout
 
 

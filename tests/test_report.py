@@ -39,13 +39,14 @@ def p1_checkpoint(tmp_path_factory, data_dir):
     """A tiny network of problem 1 with 50 noise steps, and beside it the records of its training and its study."""
     folder = tmp_path_factory.mktemp("p1")
     config = dict(channels=[8, 16], blocks=1, dropout=0.0)
-    metrics = [dict(epoch=i, loss=1 / i, loss_quarters=[1 / i, 0.5, 0.4, 0.3], lr=i / 1000, seconds=60.0) for i in (1, 2)]
+    metrics = [dict(epoch=i, loss=1 / i, loss_quarters=[1 / i, 0.5, 0.4, 0.3], lr=lr, seconds=60.0)
+               for i, lr in ((1, 2e-3), (2, 3e-3), (3, 1e-3), (4, 2e-3))]  # warm-up, fall, prolonged after epoch 3
     save_checkpoint(folder / "ddpm.pt", kind="p1_ddpm", model_config=config, schedule=["cosine", 50],
-                    recipe=dict(batch_size=64, lr=0.001, ema=0.999, label_drop=0.1), metrics=metrics[-1:], ema=random_weights(DigitUNet(**config), 0).state_dict(),
+                    recipe=dict(batch_size=64, lr=0.001, weight_decay=0.01, warmup=500, ema=0.999, label_drop=0.1),
+                    metrics=metrics[-1:], ema=random_weights(DigitUNet(**config), 0).state_dict(),
                     model=random_weights(DigitUNet(**config), 1).state_dict())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(study.TABLES, "reference", [dict(sampler="ddpm", steps=50)])
         for _ in range(2):  # the second call finds everything done
             patch.setattr(sys, "argv", ["study.py", "--tables", *study.TABLES, "--per_class", "2",
                                         "--checkpoint", str(folder / "ddpm.pt"), "--output", str(folder / "study.csv"),
@@ -158,7 +159,7 @@ def test_report_builds_from_tiny_checkpoints(tmp_path, data_dir, p1_checkpoint, 
     assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
     assert len(re.findall(rb"/Subtype\s*/Image", pdf)) >= len(figures)
     numbers = json.loads((tmp_path / "the report/build/p1.json").read_text())
-    assert numbers["epochs"] == 2 and numbers["minutes"] == 2 and numbers["loss"] == 0.5 and numbers["prolonged"] == [1]
+    assert numbers["epochs"] == 4 and numbers["minutes"] == 4 and numbers["loss"] == 0.25 and numbers["prolonged"] == [3]
     numbers = json.loads((tmp_path / "the report/build/p2.json").read_text())
     assert list(numbers["errors"]) == ["02.png"] and numbers["errors"]["02.png"] > 100 and not numbers["course"]
     assert numbers["drift"][0] == 0 and min(numbers["drift"][1:]) > 1
