@@ -12,7 +12,7 @@ from p1_ddpm.diffusion import SAMPLERS, guided_predictor
 from p1_ddpm.evaluate import Judge, summary
 from p1_ddpm.inference import add_sampling_arguments, check_steps, generate, load_model
 from p1_ddpm.model import Attention, ResidualBlock
-from p1_ddpm.study import TABLES, digest_of
+from p1_ddpm.study import MEASURES, TABLES, digest_of
 from report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, image_grid, plt, save
 from utils import UserError, image_generators, load_checkpoint, randn, to_uint8
 
@@ -186,6 +186,13 @@ def read_study(path, checkpoint):
     return study.sort_values(["sampler", "spacing", "steps", "guidance"], kind="stable")
 
 
+def choice(study):
+    """The table `choice` with the means over its seeds, a row for each setting, in the order of their likeness."""
+    rows = study[study.table == "choice"]
+    keys = ["sampler", "steps", "guidance", "interval"]
+    return rows.groupby(keys)[list(MEASURES)].mean().round(2).reset_index().sort_values("frechet_ratio")
+
+
 def build(args, folder, device):
     """Draws the figures into `folder` and returns the numbers that p1.typ shows.
 
@@ -219,4 +226,4 @@ def build(args, folder, device):
         prolonged=[before["epoch"] for before, after in zip(metrics, metrics[1:])
                    if after["lr"] > before["lr"] < metrics[0]["lr"]],
         quality=quality(model, alphas_cumprod, sampling, args.data_dir, device, 3 if args.quick else 100),
-        study=json.loads(study.to_json(orient="records")))
+        study=json.loads(study.to_json(orient="records")), choice=json.loads(choice(study).to_json(orient="records")))
