@@ -10,6 +10,10 @@ Writes into --output_dir:
     model.pt        the averaged weights in half precision and the configuration, for inference.py
     metrics.jsonl   one line per checkpoint: loss, loss per quarter of the noise levels, learning rate, images/s
     samples_*.png   sixteen faces from noise that is always the same
+
+p2_ddim/checkpoints/face64.pt is the model.pt of these settings on the first 9,000 aligned faces of CelebA: 24 epochs,
+about an hour on 2 CPU cores with nothing beside it (60 images/s), the loss ends at 0.023. metrics.jsonl beside it is
+the record. p2_ddim/noise64 holds the first ten of the sixteen noises.
 """
 
 import io
