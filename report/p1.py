@@ -176,11 +176,12 @@ def quality(model, alphas_cumprod, args, data_dir, device, per_class):
 def read_study(path, checkpoint):
     """The rows of study.csv that are about `checkpoint`, and those of table ema, which are about a training.
 
-    UserError when a table of this checkpoint is missing.
+    UserError when a table of this checkpoint is missing; table reference, which takes as long as the others together,
+    may be.
     """
     study = pd.read_csv(path, dtype={"checkpoint": str})
     study = study[(study.checkpoint == digest_of(checkpoint)) | (study.table == "ema")]
-    missing = set(TABLES) - set(study.table) - {"ema"}
+    missing = set(TABLES) - set(study.table) - {"ema", "reference"}
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))} for {checkpoint}; run p1_ddpm/study.py")
     return study.sort_values(["sampler", "spacing", "steps", "guidance"], kind="stable")

@@ -184,7 +184,7 @@ def test_benchmark_measures_one_command_at_a_time(tmp_path):
 
 def test_a_study_of_another_checkpoint_is_not_taken(tmp_path, p1_checkpoint):
     (tmp_path / "other.pt").write_bytes(b"other")
-    with pytest.raises(UserError, match="lacks guidance, interval, reference, seeds, spacing, steps for"):
+    with pytest.raises(UserError, match="lacks choice, guidance, interval, seeds, spacing, steps for"):
         p1.read_study(p1_checkpoint.parent / "study.csv", tmp_path / "other.pt")
 
 
