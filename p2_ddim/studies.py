@@ -5,7 +5,7 @@ model is a UNet in evaluation mode, a noise is (1, 3, H, W) on the model's devic
 
 import torch
 
-from p2_ddim.ddim import lerp, sample, slerp, stretch
+from p2_ddim.ddim import alphas_cumprod, lerp, sample, slerp, stretch
 from utils import image_generators
 
 ALPHAS = [i / 10 for i in range(11)]
@@ -32,6 +32,22 @@ def norm_table(x, y, alphas=ALPHAS):
     """
     return [(alpha, *((path(x, y, alpha).norm() / x.numel() ** 0.5).item() for path in (slerp, lerp)))
             for alpha in alphas]
+
+
+def consistent(model):
+    """The network `model`, its eps replaced by what the clamped x0 implies.
+
+    The course's convention clamps x0 and goes on with the network's own eps. Where the clamp acts, x0 and eps then no
+    longer make up x_t, and the sampler no longer solves the differential equation of DDIM; with this network it does.
+    """
+    alpha_bar = alphas_cumprod()
+
+    def eps_of_clamped_x0(x, t):
+        ab = alpha_bar[t[0]].item()
+        signal, noise = ab ** 0.5, (1 - ab) ** 0.5
+        x0 = ((x - noise * model(x, t)) / signal).clamp(-1, 1)
+        return (x - signal * x0) / noise
+    return eps_of_clamped_x0
 
 
 def steps_table(model, noise, steps=(5, 10, 20, 50, 100), reference=1000):

@@ -5,7 +5,7 @@
     python3 report/build.py --student_id r12345678      # report/hw2_r12345678.pdf
     python3 report/build.py --only p2 --unet UNet.pt --noise NOISE_DIR --gt GT_DIR     # with the course's files
 
-With the course's files problem 2's part asks for 7,340 passes of the large network: minutes on a GPU, hours on a CPU.
+With the course's files problem 2's part asks for 12,000 passes of the large network: minutes on a GPU, hours on a CPU.
 Figures and numbers (p1.json and so on) go to --output_dir/build, the text is in the .typ files beside this script.
 Where trainings or studies of hours are behind a number, it is read from the record that they left beside the
 checkpoint: p1_ddpm/checkpoints/study.csv and metrics.jsonl, p3_dann/checkpoints/results.csv.

@@ -30,7 +30,8 @@ def image_grid(path, images, columns, row_names=(), column_names=(), scale=1.0):
     """Draws uint8 `images` (N, 3, H, W) in rows of `columns`, with names at the left and on top."""
     rows, size = len(images) // columns, images.shape[-1]
     grid = make_grid(images, nrow=columns, padding=1, pad_value=255).permute(1, 2, 0)
-    figure, axes = plt.subplots(figsize=(columns * 0.6 * scale, rows * 0.6 * scale))
+    room = 0.6 * bool(row_names), 0.3 * bool(column_names)
+    figure, axes = plt.subplots(figsize=(columns * 0.6 * scale + room[0], rows * 0.6 * scale + room[1]))
     axes.imshow(grid)
     axes.grid(False)
     axes.spines[:].set_visible(False)

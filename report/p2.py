@@ -5,7 +5,7 @@ import torch
 from p2_ddim.ddim import lerp, sample, slerp, stretch
 from p2_ddim.evaluate import mean_squared_errors, read_images
 from p2_ddim.inference import find_noises, load_noise, load_unet, place
-from p2_ddim.studies import ALPHAS, ETAS, eta_grid, interpolation_strip, norm_table, steps_table
+from p2_ddim.studies import ALPHAS, ETAS, consistent, eta_grid, interpolation_strip, norm_table, steps_table
 from report.figures import BLUE, VERMILION, image_grid, plt, save
 from utils import UserError, load_torch
 
@@ -34,10 +34,12 @@ def interpolation_figure(path, rows, details):
 
 
 def steps_figure(path, rows):
-    """Mean squared error against the images of 1,000 steps."""
-    steps, errors = zip(*rows)
+    """Mean squared error against the images of 1,000 steps: rows (steps, error, error with eps of the clamped x0)."""
+    steps, *errors = zip(*rows)
     figure, axes = plt.subplots(figsize=(3.2, 2.2))
-    axes.plot(steps, errors, "o-", color=BLUE)
+    for line, name, colour in zip(errors, ("the network's eps", "eps of the clamped x0"), (BLUE, VERMILION)):
+        axes.plot(steps, line, "o-", color=colour, label=name)
+    axes.legend(fontsize=7)
     axes.set(xlabel="steps", ylabel="MSE to 1,000 steps", xscale="log", yscale="log")
     save(path, figure)
 
@@ -66,7 +68,8 @@ def build(args, folder, device):
         image_grid(folder / f"p2_{name}.png", strip, len(strip), column_names=ALPHAS)
     norms, details = norm_table(*noises[:2]), [detail(strip) for strip in strips]
     interpolation_figure(folder / "p2_interpolation.png", norms, details)
-    table = steps_table(model, torch.cat(noises[:4]), **study)
+    tables = [steps_table(network, torch.cat(noises[:4]), **study) for network in (model, consistent(model))]
+    table = [(count, error, other) for (count, error), (_, other) in zip(*tables)]
     steps_figure(folder / "p2_steps.png", table)
     drawn = {f"{path.stem}.png": face.permute(1, 2, 0).double().numpy() for path, face in zip(paths, faces)}
     errors = mean_squared_errors(drawn, truths)

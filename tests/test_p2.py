@@ -82,7 +82,7 @@ def test_scalar_run_is_the_courses():
             check_scalar_run(independent_loop(**wrong))
 
 
-def diffusers_sample(model, noise, eta=0.0, generators=None):
+def diffusers_sample(model, noise, eta=0.0, generators=None, **more_flags):
     """The same conventions in an independent implementation."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=True,
@@ -91,7 +91,7 @@ def diffusers_sample(model, noise, eta=0.0, generators=None):
     x = noise
     for t in scheduler.timesteps:
         more = dict(variance_noise=randn(generators, noise.shape[1:])) if eta else {}
-        x = scheduler.step(model(x, t.expand(len(x))), t, x, eta=eta, **more).prev_sample
+        x = scheduler.step(model(x, t.expand(len(x))), t, x, eta=eta, **more, **more_flags).prev_sample
     return x
 
 
@@ -181,6 +181,13 @@ def test_studies_have_their_shapes_and_ends():
     assert strip.shape == (11, 3, 8, 8) and (strip[-1:].int() - alone.int()).abs().max() <= 1
     errors = dict(studies.steps_table(tanh_model, noises[0], (5, 50), reference=100))
     assert errors[5] > errors[50] > 0
+
+
+def test_eps_of_the_clamped_x0_equals_diffusers():
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = sample(studies.consistent(tanh_model), noise)
+    torch.testing.assert_close(ours, diffusers_sample(tanh_model, noise, use_clipped_model_output=True), rtol=0, atol=1e-5)
+    assert (ours - sample(tanh_model, noise)).abs().max() > 1e-3
 
 
 # --- evaluate.py --------------------------------------------------------------------------------
