@@ -64,7 +64,8 @@ def guided_predictor(model, labels, null_label, alphas_cumprod, guidance, interv
 
     v = (1 + guidance) v(x, y) - guidance v(x), which is equation 6 of Ho & Salimans 2022 since eps is linear in v;
     0 is the plain conditional model. Guidance acts only while t, in thousandths of T, is in the closed interval
-    (Kynkaanniemi et al. 2024); elsewhere the unconditional pass is skipped. x0 is clamped to [-1, 1], and eps is what that x0 implies.
+    (Kynkaanniemi et al. 2024); elsewhere the unconditional pass is skipped. x0 is clamped to [-1, 1], and eps is what
+    that x0 implies.
     """
     null, total = torch.full_like(labels, null_label), len(alphas_cumprod) - 1
 
@@ -99,8 +100,8 @@ def log_snr_levels(alphas_cumprod, steps):
 
     That is lambda, in which a solver's error per stride is even (Lu et al. 2022, arXiv 2206.00927), so strides are
     short in t where the image emerges from noise and where it is finished. Targets are `steps` equidistant lambdas
-    from -lambda_1, or lambda_T where that is higher, to lambda_1; T itself stands in for the first of them. No stride is below
-    one step: with steps = T every step is visited.
+    from -lambda_1, or lambda_T where that is higher, to lambda_1; T itself stands in for the first of them. No stride
+    is below one step: with steps = T every step is visited.
     """
     lambda_ = torch.log(alphas_cumprod[1:] / (1 - alphas_cumprod[1:])) / 2  # of t = 1 ... T
     targets = torch.linspace(max(-lambda_[0].item(), lambda_[-1].item()), lambda_[0].item(), steps, dtype=torch.float64)

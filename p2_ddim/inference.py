@@ -138,7 +138,8 @@ def main():
             images = sample(model, noise, args.steps, args.eta, generators, lambda *_: bar.update(len(batch)))
         finite = images.isfinite().all(dim=3).all(dim=2).all(dim=1).tolist()
         if not all(finite):
-            raise UserError(f"sampling {batch[finite.index(False)][1]} ends in NaN; the weights hold NaN, or --amp exceeds its range")
+            raise UserError(f"sampling {batch[finite.index(False)][1]} ends in NaN; the weights hold NaN, or --amp exceeds "
+                            "its range")
         return stretch(images)
 
     drawn, calls = 0, len(timesteps(args.steps))

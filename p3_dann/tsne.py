@@ -13,7 +13,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
