@@ -76,18 +76,22 @@ def read(path, reader):
                         "and fetch it again")
 
 
-def find(source_dir, *patterns):
-    """The first file below `source_dir` that matches one of the patterns, or None.
+def find_all(source_dir, *patterns):
+    """The files below `source_dir`, linked folders too, that match a pattern; those of the first pattern come first.
 
     UserError when such files lie in several folders: other data sets (Fashion-MNIST) use MNIST's file names.
     """
-    for pattern in patterns:
-        files = sorted(path for path in Path(source_dir).rglob(pattern) if path.is_file())
-        folders = sorted({str(file.parent) for file in files})
-        if len(folders) > 1:
-            raise UserError(f"{pattern} lies in {' and in '.join(folders)}; leave it in one of them, or name that one")
-        if files:
-            return files[0]
+    paths = sorted(Path(folder, name) for folder, _, names in os.walk(source_dir, followlinks=True) for name in names)
+    files = [path for pattern in patterns for path in paths if path.match(pattern)]
+    folders = sorted({str(file.parent) for file in files})
+    if len(folders) > 1:
+        raise UserError(f"{patterns[0]} lies in {' and in '.join(folders)}; leave it in one of them, or name that one")
+    return files
+
+
+def find(source_dir, *patterns):
+    """The first of `find_all`, or None."""
+    return next(iter(find_all(source_dir, *patterns)), None)
 
 
 # --- The public data sets, official training digits first -----------------------------------------
@@ -113,9 +117,13 @@ def read_usps(source_dir):
 
 def read_svhn(source_dir):
     """(images, labels): uint8 (N, 32, 32, 3) and N digits."""
-    # A whole split sorts before a part of it: test_32x32.mat, test_32x32_first8000.mat.
-    files = [find(source_dir, f"{part}_32x32*.mat") for part in ("train", "test", "extra")]
-    return pool([read(file, read_mat) for file in files if file], source_dir, "SVHN (train_32x32.mat)")
+    parts = []
+    for part in ("train", "test", "extra"):
+        files = find_all(source_dir, f"{part}_32x32*.mat")
+        if len(files) > 1:  # a whole part and a piece of it would bring the same digits twice
+            raise UserError(f"{source_dir} holds {' and '.join(file.name for file in files)}; leave one of them")
+        parts += [read(file, read_mat) for file in files]
+    return pool(parts, source_dir, "SVHN (train_32x32.mat)")
 
 
 def read_photographs(source_dir):
@@ -124,9 +132,8 @@ def read_photographs(source_dir):
     if archive:
         photographs = read(archive, read_tar)
     else:
-        files = Path(source_dir).rglob("images/train/[0-9]*.jpg")
         photographs = {file.name: read(file, lambda path: np.asarray(Image.open(path).convert("RGB")))
-                       for file in files}
+                       for file in find_all(source_dir, "images/train/[0-9]*.jpg")}
     if not photographs:
         raise missing(source_dir, f"BSDS500's training photographs ({BSDS500_URL})")
     return [photographs[name] for name in sorted(photographs)]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from dataset import list_images, load_split, read_images
@@ -84,23 +85,30 @@ def some(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def grade(folder, model, device="cpu"):
-    """(correct, total) over the images in `folder` whose names begin with a digit; warns of odd names on stderr."""
+def read_drawn(folder):
+    """(images, labels) of the images in `folder` whose names begin with a digit: uint8 (N, 3, 28, 28) and (N,).
+
+    Warns on stderr of whatever differs from a folder of exactly 0_001.png ... 9_100.png.
+    """
     names = list_images(folder)
     foreign = {name for name in names if not name[0].isdecimal()}
-    surplus, missing = set(names) - foreign - expected_names(), expected_names() - set(names)
-    others = set(os.listdir(folder)) - set(names)
-    for found, what in ((others, "not graded, they are no images"),
+    graded = [name for name in names if name not in foreign]
+    if not graded:
+        raise UserError(f"no image in {folder} has a name that begins with its digit, such as 7_001.png")
+    images = read_images([Path(folder) / name for name in graded])
+    odd = {name for name in graded if image_size(Path(folder) / name) != (28, 28)}
+    for found, what in ((set(os.listdir(folder)) - set(names), "not graded, they are no images"),
                         (foreign, "not graded, their names do not begin with a digit"),
-                        (surplus, "graded, but not among 0_001.png ... 9_100.png"), (missing, "missing")):
+                        (set(graded) - expected_names(), "graded, but not among 0_001.png ... 9_100.png"),
+                        (odd, "resized, they are not 28x28"), (expected_names() - set(names), "missing")):
         if found:
             print(f"warning: {len(found)} file(s) {what}: {some(found)}", file=sys.stderr)
-    names = [name for name in names if name not in foreign]
-    if not names:
-        raise UserError(f"no image in {folder} has a name that begins with its digit, such as 7_001.png")
-    images = read_images([Path(folder) / name for name in names])
-    labels = torch.tensor([int(name[0]) for name in names])
-    return (classify(model, images, device)[1] == labels).sum().item(), len(names)
+    return images, torch.tensor([int(name[0]) for name in graded])
+
+
+def image_size(path):
+    with Image.open(path) as image:
+        return image.size
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -176,7 +184,8 @@ def main():
         make_output_dir(args.checkpoint.parent)
         train(args.train, args.checkpoint, device, args.epochs, args.seed)
     else:
-        correct, total = grade(args.folder, load_classifier(args.checkpoint, device), device)
+        model, (images, labels) = load_classifier(args.checkpoint, device), read_drawn(args.folder)
+        correct, total = (classify(model, images, device)[1] == labels).sum().item(), len(labels)
         print(f"acc = {correct / total} (correct/total = {correct}/{total})")
 
 

@@ -9,6 +9,7 @@
 set -euo pipefail
 unset CDPATH
 
+[ "${1:-}" != --help ] || { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit; }
 [ $# -le 1 ] || { echo "usage: bash get_dataset.sh [SOURCE_DIR]" >&2; exit 2; }
 source_dir=""
 if [ $# -eq 1 ]; then
@@ -31,6 +32,12 @@ incomplete() {  # the first domain that is not whole
     done
 }
 
+has_face() {
+    for part in noise GT UNet.pt; do
+        [ -e "hw2_data/face/$part" ] || return 1
+    done
+}
+
 from_course() {
     rm -rf "$partial"  # what a killed run left
     mkdir -p "$partial"
@@ -38,17 +45,17 @@ from_course() {
     python3 -m zipfile -e "$partial/hw2_data.zip" "$partial" || return 1
     root="$(find "$partial" -type d -name digits -not -path '*/__MACOSX/*' | head -n 1)"
     [ -n "$root" ] || return 1
-    local parts=(digits/mnistm digits/svhn digits/usps face)
+    local parts=(digits/mnistm digits/svhn digits/usps face/noise face/GT face/UNet.pt)
     for part in "${parts[@]}"; do  # all or nothing: the zip's data are not to be mixed with another source's
         [ -e "$root/../$part" ] || return 1
     done
-    mkdir -p hw2_data/digits
+    mkdir -p hw2_data/digits hw2_data/face
     for part in "${parts[@]}"; do
         [ -e "hw2_data/$part" ] || mv "$root/../$part" "hw2_data/$part"
     done
 }
 
-if [ -z "$(incomplete)" ] && { [ -n "$source_dir" ] || [ -e hw2_data/face ]; }; then
+if [ -z "$(incomplete)" ] && { [ -n "$source_dir" ] || has_face; }; then
     echo "hw2_data/ is complete already; nothing was changed"
 elif [ -n "$source_dir" ]; then
     python3 build_dataset.py --source_dir "$source_dir" --data_dir hw2_data

@@ -7,6 +7,7 @@
 set -euo pipefail
 unset CDPATH
 
+[ "${1:-}" != --help ] || { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit; }
 cd "$(dirname "${BASH_SOURCE[0]}")"
 manifest=checkpoints.csv
 

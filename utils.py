@@ -206,6 +206,9 @@ def init_distributed(device_name="auto"):
         return device, 0, 1
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"torchrun starts more processes than the {torch.cuda.device_count()} GPUs here; "
+                            "lower --nproc_per_node")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -22,8 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset import list_images, load_split, read_images  # noqa: E402
-from digit_classifier import classify, load_classifier  # noqa: E402
+from dataset import load_split  # noqa: E402
+from digit_classifier import classify, load_classifier, read_drawn  # noqa: E402
 from utils import UserError, argument_parser, run  # noqa: E402
 
 
@@ -37,14 +37,19 @@ def frechet_distance(a, b):
 
 
 def rms_distances(a, b):
-    """Root mean square pixel differences, (len(a), len(b)), between two sets of uint8 images."""
-    a, b = a.flatten(1).float(), b.flatten(1).float()
+    """Root mean square pixel differences, (len(a), len(b)), between two sets of images, rows of `as_rows`."""
     return torch.cdist(a, b) / a.shape[1] ** 0.5
 
 
+def as_rows(images):
+    """uint8 images (N, 3, 28, 28) as a float tensor (N, 2352)."""
+    return images.flatten(1).float()
+
+
 def diversity(images):
-    """Mean distance over all pairs of different images."""
-    return (rms_distances(images, images).sum() / (len(images) * (len(images) - 1))).item()
+    """Mean distance over all pairs of different uint8 images."""
+    rows = as_rows(images)
+    return (rms_distances(rows, rows).sum() / (len(rows) * (len(rows) - 1))).item()
 
 
 def same_class_draw(labels, wanted, rng):
@@ -77,7 +82,7 @@ class Judge:
         digits = labels.unique().tolist()
         floor, floor_deviation = self.floor(labels)
         measures = dict(
-            accuracy=right.mean().item(), accuracy_per_digit={d: right[labels == d].mean().item() for d in digits},
+            images=len(images), accuracy=right.mean().item(), accuracy_per_digit={d: right[labels == d].mean().item() for d in digits},
             frechet=frechet_distance(features, self.val_features), frechet_floor=floor,
             frechet_floor_deviation=floor_deviation,
             diversity={d: diversity(images[labels == d]) / diversity(self.val_images[self.val_labels == d])
@@ -91,7 +96,8 @@ class Judge:
 
     def nearest(self, images):
         """Distance of each image to its nearest training image, (N,)."""
-        return torch.cat([rms_distances(batch, self.train_images).min(1).values for batch in images.split(250)])
+        train_rows = as_rows(self.train_images)
+        return torch.cat([rms_distances(batch, train_rows).min(1).values for batch in as_rows(images).split(250)])
 
 
 def summary(measures):
@@ -105,7 +111,8 @@ def report(measures):
     """The measures as text for people."""
     total = summary(measures)
     per_digit = " ".join(f"{d}: {100 * a:.4g}" for d, a in measures["accuracy_per_digit"].items())
-    lines = [f"accuracy          {total['accuracy']:.4g} %   per digit {per_digit}",
+    lines = [f"images            {measures['images']}",
+             f"accuracy          {total['accuracy']:.4g} %   per digit {per_digit}",
              f"Frechet distance  {total['frechet']:.3f}   real digits {measures['frechet_floor']:.3f} +- "
              f"{measures['frechet_floor_deviation']:.3f}   ratio {total['frechet_ratio']:.2f}",
              f"diversity         {total['diversity']:.3f} of real digits'   per digit "
@@ -122,11 +129,9 @@ def main():
     parser.add_argument("--data_dir", type=Path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "Classifier.pth", help="the classifier's weights")
     args = parser.parse_args()
-    names = [name for name in list_images(args.folder) if name[0].isdecimal()]
-    labels = torch.tensor([int(name[0]) for name in names], dtype=torch.int64)
-    if not names or labels.bincount().max() < 2:
+    images, labels = read_drawn(args.folder)
+    if labels.bincount().max() < 2:
         raise UserError(f"{args.folder} must hold several images of a digit, named such as 7_001.png and 7_002.png")
-    images = read_images([args.folder / name for name in names])
     print(report(Judge(args.data_dir, args.checkpoint)(images, labels)))
 
 

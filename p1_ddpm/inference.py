@@ -9,6 +9,7 @@ changes the order of float32 sums, which moves a pixel by one grey level now and
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -63,13 +64,14 @@ def load_model(path, device, weights="ema"):
     try:
         model, state = UNet(**checkpoint["model_config"]), checkpoint[weights]
         model.load_state_dict(state.get("shadow", state))  # in last.pt the average comes with its count of updates
-    except (RuntimeError, TypeError, ValueError):
-        raise UserError(f"the weights in {path} do not fit the network that it describes; fetch it again")
-    return model.to(device).eval(), noise_schedule(*checkpoint["schedule"])
+        return model.to(device).eval(), noise_schedule(*checkpoint["schedule"])
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        raise UserError(f"the weights in {path} do not fit the network and schedule that it describes; fetch it again")
 
 
-def check_steps(args, alphas_cumprod):
-    """The steps that the sampler visits; UserError when the flags do not fit it or each other."""
+def check_steps(args, alphas_cumprod, keep=()):
+    """The steps that the sampler visits; UserError when the flags do not fit it or each other, or a step to `keep`
+    is not among them."""
     total = len(alphas_cumprod) - 1
     if args.steps > total:
         raise UserError(f"--steps {args.steps} is above the {total} noise steps of the checkpoint")
@@ -78,7 +80,7 @@ def check_steps(args, alphas_cumprod):
     if args.interval[0] > args.interval[1]:
         raise UserError(f"--interval {args.interval[0]:g} {args.interval[1]:g} is empty; the lower step comes first")
     levels = uniform_levels(total, args.steps) if args.spacing == "uniform" else log_snr_levels(alphas_cumprod, args.steps)
-    unvisited = sorted(set(getattr(args, "trajectory", [])) - set(levels))
+    unvisited = sorted(set(keep) - set(levels))
     if unvisited:
         raise UserError(f"--trajectory {unvisited[0]}: with --steps {args.steps} the sampler visits only "
                         f"{', '.join(map(str, levels))}")
@@ -92,7 +94,7 @@ def generate(model, alphas_cumprod, numbers, args, device, keep=()):
     images: uint8 (B, 3, 28, 28) on the CPU. states: {t: images at step t} for the steps in `keep`. An image's
     noise is keyed by (seed, 1000 digit + number), so neither its batch nor --per_class changes it.
     """
-    levels = check_steps(args, alphas_cumprod)
+    levels = check_steps(args, alphas_cumprod, keep)
 
     def draw(batch):
         labels = torch.tensor([digit for digit, _ in batch], device=device)
@@ -118,11 +120,13 @@ def main():
         raise UserError(f"--per_class {args.per_class} is above 999, the most that three-digit names can hold")
     device = pick_device(args.device)
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
-    check_steps(args, alphas_cumprod)  # a mistake is told before anything is written
+    check_steps(args, alphas_cumprod, args.trajectory)  # a mistake is told before anything is written
     output_dir = make_output_dir(args.output_dir)
     if args.trajectory:
         make_output_dir(output_dir / "trajectory")
     numbers = [(digit, number) for digit in range(10) for number in range(1, args.per_class + 1)]
+    for left in output_dir.glob(".unfinished-*"):  # by a run that was killed
+        shutil.rmtree(left)
     # Inside the output folder, so that moving a file is a rename: the folder may be a file system of its own.
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".unfinished-") as temporary:
         temporary = Path(temporary)

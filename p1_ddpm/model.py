@@ -68,7 +68,7 @@ class UNet(nn.Module):
 
     patch, null_label = 2, 10
 
-    def __init__(self, channels=(64, 128), blocks=1, dropout=0.0):
+    def __init__(self, channels, blocks=1, dropout=0.0):
         super().__init__()
         high, low = channels
         embedding = 4 * high

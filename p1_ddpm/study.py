@@ -6,7 +6,7 @@
 
 Draws 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output. Settings of the
 same checkpoint that are in that file already are not drawn again, so an interrupted study goes on. Prints the tables
-as Markdown.
+as Markdown: mean and standard deviation where settings differ in the seed alone.
 """
 
 import argparse
@@ -30,14 +30,13 @@ from utils import (argument_parser, int_at_least, load_checkpoint, make_output_d
 TABLES = {
     "choice": [dict(sampler=sampler, steps=steps, guidance=guidance, interval=[low, high], seed=seed)
                for sampler, steps, guidance, low, high in (
-                   ("dpmpp", 12, 1.5, 200, 1000), ("dpmpp", 20, 1.5, 200, 950), ("dpmpp", 20, 2.0, 200, 950),
-                   ("dpmpp", 20, 2.0, 400, 950), ("dpmpp", 20, 2.0, 400, 900), ("ddim", 20, 1.5, 200, 1000),
-                   ("ddim", 28, 1.5, 200, 1000), ("ddim", 28, 2.0, 400, 950), ("ddim", 24, 2.0, 400, 900),
-                   ("dpmpp", 20, 3.0, 400, 900), ("ddpm", 32, 2.0, 400, 900))
+                   ("ddim", 20, 1.0, 200, 1000), ("ddim", 20, 1.5, 200, 1000), ("ddim", 20, 1.5, 200, 950),
+                   ("ddim", 20, 2.0, 400, 900), ("dpmpp", 20, 1.0, 200, 1000), ("dpmpp", 20, 1.5, 200, 950),
+                   ("dpmpp", 20, 2.0, 400, 900), ("dpmpp", 12, 1.5, 200, 950))
                for seed in (11, 12, 13)],  # of the shipped setting; no other table uses these seeds
     "guidance": [dict(guidance=g) for g in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)],
     "interval": [dict(interval=[low, high]) for low, high in ((0, 1000), (200, 1000), (400, 1000), (200, 950))],
-    "steps": [dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (8, 12, 16, 20, 32)],
+    "steps": [dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (8, 12, 20, 32)],
     "spacing": [dict(spacing=s, steps=n) for s in ("log_snr", "uniform") for n in (8, 20, 32)],
     "reference": [dict(sampler="ddpm", steps=1000)],  # all steps, where there are fewer
     "seeds": [dict(seed=s) for s in range(5)],
@@ -63,11 +62,19 @@ def digest_of(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
 
 
-def describe(args, digest, epochs):
-    """What a row of results is about, as text: the checkpoint and the values of FLAGS."""
-    flags = {flag: getattr(args, flag) for flag in FLAGS}
-    flags["interval"] = "{:g} to {:g}".format(*args.interval)
-    return dict(checkpoint=digest, epochs=str(epochs), **{flag: str(value) for flag, value in flags.items()})
+def settings(table, args, total):
+    """The flags of each row of a table, for a checkpoint with `total` noise steps: Namespaces like `args`."""
+    for changes in TABLES[table]:
+        setting = argparse.Namespace(**{**vars(args), **changes})
+        setting.steps = min(setting.steps, total)
+        yield setting
+
+
+def as_text(setting, flags=FLAGS):
+    """{flag: its value as study.csv spells it}."""
+    values = {flag: getattr(setting, flag) for flag in flags}
+    values["interval"] = "{:g} to {:g}".format(*setting.interval)
+    return {flag: str(value) for flag, value in values.items()}
 
 
 def measure(model, alphas_cumprod, judge, args, device):
@@ -81,10 +88,21 @@ def measure(model, alphas_cumprod, judge, args, device):
     return {name: round(measures[name], decimals) for name, decimals in MEASURES.items()}
 
 
-def markdown(table):
-    """A DataFrame as a Markdown table."""
-    rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def means(rows):
+    """Rows that differ in nothing but the seed made one: mean and `_deviation` of each measure, and the number of `seeds`."""
+    groups = rows.groupby([flag for flag in FLAGS if flag != "seed"], sort=False)[list(MEASURES)]
+    return groups.mean().join(groups.std().add_suffix("_deviation")).join(groups.size().rename("seeds")).reset_index()
+
+
+def markdown(rows):
+    """The means of some rows of results as a Markdown table of the flags that vary and the measures."""
+    table = means(rows)
+    shown = table[[flag for flag in FLAGS if flag in table and table[flag].nunique() > 1]].astype(str)
+    for name, decimals in MEASURES.items():
+        shown[name] = [f"{mean:.{decimals}f}" + (f" ± {deviation:.{decimals}f}" if seeds > 1 else "")
+                       for mean, deviation, seeds in zip(table[name], table[f"{name}_deviation"], table.seeds)]
+    lines = [list(shown.columns), ["---"] * shown.shape[1], *shown.values.tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main():
@@ -97,10 +115,8 @@ def main():
     judge = Judge(args.data_dir)
     rows = pd.read_csv(args.output, dtype=str).to_dict("records") if args.output.exists() else []
     for name in args.tables:
-        for changes in TABLES[name]:
-            setting = argparse.Namespace(**{**vars(args), **changes})
-            setting.steps = min(setting.steps, total)
-            row = describe(setting, digest, epochs)
+        for setting in settings(name, args, total):
+            row = dict(checkpoint=digest, epochs=str(epochs), **as_text(setting))
             same = [old for old in rows if all(str(old[key]) == value for key, value in row.items())]
             if any(old["table"] == name for old in same):
                 continue
@@ -112,8 +128,8 @@ def main():
             rows.append(dict(table=name, **row, **measures))
             print(rows[-1], flush=True)
             write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
-        table = pd.DataFrame(rows).query("table == @name and checkpoint == @digest")
-        print(f"\n{name}\n\n{markdown(table.drop(columns=['table', 'checkpoint']))}\n", flush=True)
+        made = pd.DataFrame(rows).query("table == @name and checkpoint == @digest")
+        print(f"\n{name}\n\n{markdown(made.astype(dict.fromkeys(MEASURES, float)))}\n", flush=True)
 
 
 if __name__ == "__main__":

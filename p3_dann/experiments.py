@@ -5,8 +5,9 @@
     python3 p3_dann/experiments.py --tables ablation      # what each part of DANN gives: MNIST-M -> SVHN, one seed
 
 The first takes 45 minutes on 2 CPU cores. A training that is in --output_dir already is not repeated, an interrupted
-one goes on. Writes --output_dir/results.csv. With --publish, that file and the networks of seed 0, each with its
-record, go to p3_dann/checkpoints, where inference.py looks for them: the seed was fixed before any was trained.
+one goes on. Writes --output_dir/results.csv. With --publish, its rows replace those of the same trainings in
+p3_dann/checkpoints/results.csv, and the networks of seed 0, each with its record, go to p3_dann/checkpoints, where
+inference.py looks for them: the seed was fixed before any was trained.
 """
 
 import json
@@ -33,10 +34,14 @@ MODELS = {
     "svhn_target": "--target svhn --mode target",
     "usps_target": "--target usps --mode target",
 }
+# name: what differs from DANN on SVHN, and the flags that do it.
 ABLATION = {
-    "lambda_0": "--lambda_max 0", "lambda_0.3": "--lambda_max 0.3", "no_geometry": "--without geometry",
-    "no_neighbours": "--without neighbours", "no_intensity": "--without intensity",
-    "no_sharpness": "--without sharpness",
+    "lambda_0": ("no adversary: lambda = 0", "--lambda_max 0"),
+    "lambda_0.3": ("lambda = 0.3", "--lambda_max 0.3"),
+    "no_geometry": ("no affine maps and no neighbours", "--without geometry"),
+    "no_neighbours": ("no neighbours", "--without neighbours"),
+    "no_intensity": ("no change of polarity, contrast and brightness", "--without intensity"),
+    "no_sharpness": ("no blur and no sharpening", "--without sharpness"),
 }
 SEEDS = (0, 1, 2)
 
@@ -62,7 +67,7 @@ def trainings(tables):
         runs |= {f"lambda_0.1_{target}_s{seed}": f"--target {target} --mode dann --lambda_max 0.1 --seed {seed}"
                  for seed in SEEDS for target in ("svhn", "usps")}
     if "ablation" in tables:
-        runs |= {f"ablation_{name}": f"{MODELS['mnistm_svhn_dann']} {flags}" for name, flags in ABLATION.items()}
+        runs |= {f"ablation_{name}": f"{MODELS['mnistm_svhn_dann']} {flags}" for name, (_, flags) in ABLATION.items()}
     return runs
 
 
@@ -106,13 +111,28 @@ def results(output_dir, data_dir):
     return pd.DataFrame(rows)
 
 
-def main_table(table):
-    """Mean and standard deviation of the accuracy over the seeds, a row for each experiment of MODELS and target."""
-    main = table.run.str.rsplit("_s", n=1).str[0].isin(MODELS)
-    groups = table[main].groupby(["target", "mode", "statistics"])
+def means(table):
+    """Mean and standard deviation of the accuracy over the seeds, a row for each experiment, target and statistics."""
+    table = table.assign(experiment=table.run.str.replace(r"_s\d+$", "", regex=True))
     columns = dict(mean=("accuracy", "mean"), std=("accuracy", "std"), one_view=("one_view", "mean"),
                    seeds=("seed", "count"))
-    return groups.agg(**columns).round(2)
+    return table.groupby(["experiment", "target", "statistics"]).agg(**columns).round(2).reset_index()
+
+
+def publish(output_dir, table, checkpoints):
+    """Replaces in the folder `checkpoints` the rows and networks of what `output_dir` holds."""
+    results, files = checkpoints / "results.csv", {}
+    for name in MODELS:
+        folder = output_dir / f"{name}_s0"
+        if (folder / "model.pt").exists():
+            files |= {f"{name}.pt": folder / "model.pt", f"{name}.jsonl": folder / "metrics.jsonl"}
+    for name, path in files.items():
+        write_atomic(checkpoints / name, path.read_bytes())
+    if results.exists():
+        old = pd.read_csv(results)
+        table = pd.concat([old[~old.run.isin(table.run)], table]).sort_values(["run", "target", "statistics"])
+    write_atomic(results, table.to_csv(index=False).encode())
+    print(f"wrote {checkpoints}; now run: bash hw2_download.sh --update")
 
 
 def main():
@@ -123,20 +143,10 @@ def main():
         list(pool.map(lambda run: train(args.output_dir / run[0], run[1], args.data_dir, args.jobs),
                       trainings(args.tables).items()))
     table = results(args.output_dir, args.data_dir)
-    text = table.to_csv(index=False).encode()
-    write_atomic(args.output_dir / "results.csv", text)
-    print(table.to_string(index=False), main_table(table).to_string(), sep="\n\n")
+    write_atomic(args.output_dir / "results.csv", table.to_csv(index=False).encode())
+    print(table.to_string(index=False), means(table).to_string(index=False), sep="\n\n")
     if args.publish:
-        checkpoints = ROOT / "p3_dann/checkpoints"
-        files = {name + kind: args.output_dir / f"{name}_s0" / file for name in MODELS
-                 for kind, file in ((".pt", "model.pt"), (".jsonl", "metrics.jsonl"))}
-        missing = [path for path in files.values() if not path.exists()]
-        if missing:
-            raise UserError(f"there is no {missing[0]} to publish; add main to --tables")
-        for name, path in files.items():
-            write_atomic(checkpoints / name, path.read_bytes())
-        write_atomic(checkpoints / "results.csv", text)
-        print("wrote p3_dann/checkpoints; now run: bash hw2_download.sh --update")
+        publish(args.output_dir, table, ROOT / "p3_dann/checkpoints")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from utils import argument_parser, int_at_least, make_output_dir, run, write_ato
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "usps": "USPS"}
 # Ten colours that stay apart for colour-blind eyes: Okabe and Ito's eight, a grey and a wine red.
 PALETTE = ["#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999", "#882255"]
 
@@ -66,22 +67,21 @@ def embed(source_features, target_features, seed=0):
     return TSNE(init="pca", learning_rate="auto", perplexity=perplexity, random_state=seed).fit_transform(features)
 
 
-def draw(path, points, digits, is_target, names, title):
+def draw(path, points, digits, is_target, names):
     """Writes the two pictures side by side as a PNG file.
 
-    points: (N, 2); digits: (N,) 0..9; is_target: bool (N,); names: of source and target; title: below both.
+    points: (N, 2); digits: (N,) 0..9; is_target: bool (N,); names: of source and target.
     """
-    figure, (by_digit, by_domain) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
+    figure, (by_digit, by_domain) = plt.subplots(1, 2, figsize=(7.5, 3.4), layout="constrained")
     for digit in range(10):
-        by_digit.scatter(*points[digits == digit].T, s=5, color=PALETTE[digit], label=str(digit))
+        by_digit.scatter(*points[digits == digit].T, s=3, color=PALETTE[digit], label=str(digit))
     for which, name, colour in zip((~is_target, is_target), names, (PALETTE[5], PALETTE[1])):
-        by_domain.scatter(*points[which].T, s=5, color=colour, label=name, alpha=0.6)
+        by_domain.scatter(*points[which].T, s=3, color=colour, label=name, alpha=0.6)
     for axes, heading in (by_digit, "by digit"), (by_domain, "by domain"):
         axes.set(xticks=[], yticks=[], title=heading)
         axes.legend(markerscale=3, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.supxlabel(title, fontsize=10)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=200)
     plt.close(figure)
     write_atomic(path, buffer.getvalue())
 
@@ -106,8 +106,8 @@ def picture(path, model, recipe, data_dir, source, target, count=1000, seed=0):
     features, digits = sample_features(model, data_dir, (source, target), recipe["mode"] == "dann", count, seed)
     distance = proxy_a_distance(*features, seed)
     is_target = np.repeat([False, True], [len(f) for f in features])
-    draw(path, embed(*features, seed), np.concatenate(digits), is_target, (source, target),
-         f"{source} to {target}, mode {recipe['mode']}: proxy A-distance {distance:.2f}")
+    draw(path, embed(*features, seed), np.concatenate(digits), is_target,
+         [NAMES[domain] for domain in (source, target)])
     return distance
 
 

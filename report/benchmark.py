@@ -4,8 +4,9 @@
     python3 report/benchmark.py --quick       # a minute: fewer images and steps, as the table says
 
 Problem 2 runs on random weights of the course's network at 256x256, which cost what trained ones cost, unless --unet
-and --noise name its files. Problem 3 gets images of random noise. Memory is the computer's, not the GPU's. Writes
---output, a CSV file, line by line, and prints the same as a table. Let nothing else run beside it.
+and --noise name its files. Problem 3 gets images of random noise. Memory is the computer's, not the GPU's. Replaces
+the rows of these problems in --output, a CSV file, line by line, and prints it as a table. Let nothing else run
+beside it.
 """
 
 import platform
@@ -109,14 +110,14 @@ def main():
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     names = {"cpu": f"{torch.get_num_threads()} threads of {cpu_name()}",
              "cuda": torch.cuda.get_device_name() if len(devices) > 1 else ""}
-    rows = []
+    rows = pd.read_csv(args.output).query("problem not in @args.only").to_dict("records") if args.output.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         for problem, what, images, limit, command in commands(Path(temporary), args, *make_inputs(Path(temporary), args)):
             for device in devices:
                 seconds, memory = measure([*command, "--device", device])
                 rows.append(dict(problem=problem, what=what, images=images, device=names[device],
                                  seconds=round(seconds, 1), images_per_second=float(f"{images / seconds:.3g}"),
-                                 peak_mib=round(memory), limit_s_on_2080ti=limit, python=platform.python_version(),
+                                 peak_mib=round(memory), limit_s_on_2080ti=limit, within=seconds <= limit, python=platform.python_version(),
                                  torch=torch.__version__))
                 print(rows[-1], flush=True)
                 write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())

@@ -1,7 +1,8 @@
 """Rebuilds the report: every figure, every number and the PDF, from the checkpoints and hw2_data.
 
     python3 report/build.py                             # report/report.pdf
-    python3 report/build.py --only p1                   # makes one part anew, takes the others as they were made last
+    python3 report/build.py --only p1                   # makes one part anew, takes the others as they were made last;
+                                                        # where they never were, it writes report_p1.pdf
     python3 report/build.py --student_id r12345678      # report/hw2_r12345678.pdf
     python3 report/build.py --only p2 --unet UNet.pt --noise NOISE_DIR --gt GT_DIR     # with the course's files
 
@@ -68,10 +69,9 @@ def strip(folder, path, height=260):
     write_atomic(path, buffer.getvalue())
 
 
-def typeset(folder, output, student_id):
-    """Compiles report.typ with the numbers and figures in `folder` to the PDF file `output`."""
+def typeset(folder, parts, output, student_id):
+    """Compiles report.typ with the numbers and figures of `parts` in `folder` to the PDF file `output`."""
     import typst
-    parts = [name for name in PARTS if (folder / f"{name}.json").exists()]
     inputs = dict(build=str(folder.resolve()), parts=" ".join(parts), student=student_id or "")
     try:
         pdf = typst.compile(str(ROOT / "report/report.typ"), root="/", sys_inputs=inputs)
@@ -94,10 +94,12 @@ def main():
                 os.replace(figure, folder / figure.name)
         write_atomic(folder / f"{name}.json", json.dumps(dict(numbers, quick=args.quick), indent=1).encode())
         print(f"{name} is made", flush=True)
-    output = args.output_dir / (f"hw2_{args.student_id}.pdf" if args.student_id else "report.pdf")
-    typeset(folder, output, args.student_id)
+    parts = [name for name in PARTS if (folder / f"{name}.json").exists()]
+    name = f"hw2_{args.student_id}" if args.student_id else "report"
+    output = args.output_dir / ("_".join([name, *(parts if len(parts) < len(PARTS) else [])]) + ".pdf")
+    typeset(folder, parts, output, args.student_id)
     print(f"wrote {output}")
-    if all((folder / f"{name}.json").exists() for name in PARTS):
+    if len(parts) == len(PARTS):
         strip(folder, args.output_dir / "strip.png")
 
 

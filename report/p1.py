@@ -12,12 +12,14 @@ from p1_ddpm.diffusion import SAMPLERS, guided_predictor
 from p1_ddpm.evaluate import Judge, summary
 from p1_ddpm.inference import add_sampling_arguments, check_steps, generate, load_model
 from p1_ddpm.model import Attention, ResidualBlock
-from p1_ddpm.study import MEASURES, TABLES, digest_of
+from p1_ddpm.study import FLAGS, TABLES, as_text, digest_of, means, settings
 from report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, image_grid, plt, save
 from utils import UserError, image_generators, load_checkpoint, randn, to_uint8
 
+SAMPLER_NAMES = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpmpp": "DPM-Solver++(2M)"}
 STATES = (1000, 800, 600, 400, 200, 0)
 COLOURS = {"residual block": SKY, "attention": ORANGE, "convolution": GREY, "output": GREY}
+SHORT = {"residual block": "residual", "attention": "attention", "convolution": "conv", "output": "output"}
 
 
 def sampling_arguments(*flags):
@@ -67,30 +69,32 @@ def architecture(path, model):
     """Draws what `trace` has seen: one column for each block, one level for each resolution."""
     blocks = trace(model)
     sides = sorted({block["side"] for block in blocks}, reverse=True)
-    place = {block["name"]: (1.3 * i, -1.5 * sides.index(block["side"])) for i, block in enumerate(blocks)}
-    figure, axes = plt.subplots(figsize=(9, 3))
-    right = 1.3 * (len(blocks) - 1)
+    place = {block["name"]: (1.2 * i, -1.5 * sides.index(block["side"])) for i, block in enumerate(blocks)}
+    figure, axes = plt.subplots(figsize=(6.7, 2.8))
+    right = 1.2 * (len(blocks) - 1)
     axes.add_patch(FancyBboxPatch((0, 1.35), right, 0.35, boxstyle="round,pad=0.1", fc=PURPLE, alpha=0.6))
     axes.text(right / 2, 1.52, "embedding of step t + embedding of label y (one more entry: no label)", ha="center",
               va="center", fontsize=8)
     for i, block in enumerate(blocks):
         x, y = place[block["name"]]
-        axes.add_patch(FancyBboxPatch((x - 0.42, y - 0.35), 0.84, 0.7, boxstyle="round,pad=0.05",
+        axes.add_patch(FancyBboxPatch((x - 0.43, y - 0.4), 0.86, 0.8, boxstyle="round,pad=0.05",
                                       fc=COLOURS[block["kind"]], alpha=0.8))
-        text = f"{block['kind'].replace(' ', chr(10))}\n{block['channels'][0]} → {block['channels'][1]}"
-        axes.text(x, y, text, ha="center", va="center", fontsize=5.5)
+        text = f"{SHORT[block['kind']]}\n{block['channels'][0]}\n→ {block['channels'][1]}"
+        axes.text(x, y, text, ha="center", va="center", fontsize=6.5)
         if i:
-            axes.add_patch(FancyArrowPatch(place[blocks[i - 1]["name"]], (x, y), shrinkA=19, shrinkB=19,
-                                           arrowstyle="-|>", mutation_scale=8))
+            axes.add_patch(FancyArrowPatch(place[blocks[i - 1]["name"]], (x, y), shrinkA=15, shrinkB=15,
+                                           arrowstyle="-|>", mutation_scale=6))
         if block["conditioned"]:
-            axes.plot([x, x], [1.25, y + 0.42], color=PURPLE, lw=1, zorder=0)
+            axes.plot([x, x], [1.25, y + 0.45], color=PURPLE, lw=1, zorder=0)
         if block["skip"]:
             x0, y0 = place[block["skip"]]
-            axes.add_patch(FancyArrowPatch((x0, y0 - 0.4), (x, y - 0.4), connectionstyle="arc3,rad=0.12", ls="--",
+            axes.add_patch(FancyArrowPatch((x0, y0 - 0.45), (x, y - 0.45), connectionstyle="arc3,rad=0.12", ls="--",
                                            arrowstyle="-|>", mutation_scale=8, color=BLUE))
     for side in sides:
-        axes.text(-0.8, -1.5 * sides.index(side), f"{side}×{side}", ha="right", va="center", fontsize=8)
-    axes.set(xlim=(-1.6, right + 0.6), ylim=(0.2 - 1.5 * len(sides), 1.9))
+        axes.text(-0.7, -1.5 * sides.index(side), f"{side}×{side}", ha="right", va="center", fontsize=8)
+    for x, text in ((0, "x: 28×28×3\nin 2×2 patches"), (right, "patches\nto v: 28×28×3")):
+        axes.text(x, -0.6, text, ha="center", va="top", fontsize=6.5)
+    axes.set(xlim=(-1.7, right + 0.8), ylim=(0.6 - 1.5 * len(sides), 1.9))
     axes.axis("off")
     save(path, figure)
     return blocks
@@ -151,9 +155,12 @@ def steps_figure(path, study):
     figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.3))
     for (name, group), colour in zip(rows.groupby("sampler"), (VERMILION, BLUE, GREEN)):
         for ax, column in zip(axes, ("frechet_ratio", "accuracy")):
-            ax.plot(group.steps.astype(int), group[column], "o-", color=colour, label=name)
+            ax.plot(group.steps.astype(int), group[column], "o-", color=colour, label=SAMPLER_NAMES[name])
     for ax, label in zip(axes, ("Fréchet ratio", "accuracy, %")):
         ax.set(xlabel="steps", ylabel=label, xscale="log")
+        ticks = sorted(set(rows.steps))
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
     axes[0].legend(fontsize=7)
     save(path, figure)
 
@@ -169,29 +176,28 @@ def quality(model, alphas_cumprod, args, data_dir, device, per_class):
     grader = (classify(judge.classifier, judge.val_images)[1] == judge.val_labels).float().mean().item()
     return dict(summary(measures), images=len(images), frechet_floor=measures["frechet_floor"],
                 real_training=len(judge.train_images), real_validation=len(judge.val_images), grader=100 * grader,
-                nearest_drawn=measures["nearest_drawn"].median().item(),
-                nearest_real=measures["nearest_real"].median().item())
+                nearest={kind: [measures[f"nearest_{kind}"].min().item(), measures[f"nearest_{kind}"].median().item()]
+                         for kind in ("drawn", "real")})
 
 
-def read_study(path, checkpoint):
-    """The rows of study.csv that are about `checkpoint`, and those of table ema, which are about a training.
+def read_study(path, checkpoint, total):
+    """The rows of study.csv behind the report's tables: those of `checkpoint`, of `total` noise steps, whose flags are
+    the defaults but for what their table varies; and the rows of table ema, which are about a training.
 
-    UserError when a table of this checkpoint is missing; table reference, which takes as long as the others together,
-    may be.
+    UserError when a row is missing; that of table reference, which takes as long as the others together, may be.
     """
-    study = pd.read_csv(path, dtype={"checkpoint": str})
-    study = study[(study.checkpoint == digest_of(checkpoint)) | (study.table == "ema")]
-    missing = set(TABLES) - set(study.table) - {"ema", "reference"}
+    flags = [flag for flag in FLAGS if flag != "per_class"]
+    study = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *flags], str))
+    wanted = pd.DataFrame([dict(table=table, **as_text(setting, flags)) for table in TABLES if table != "ema"
+                           for setting in settings(table, sampling_arguments(), total)])
+    rows = wanted.merge(study[study.checkpoint == digest_of(checkpoint)].drop_duplicates(["table", *flags], keep="last"),
+                        how="left")
+    missing = set(rows[rows.accuracy.isna()].table) - {"reference"}
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))} for {checkpoint}; run p1_ddpm/study.py")
-    return study.sort_values(["sampler", "spacing", "steps", "guidance"], kind="stable")
-
-
-def choice(study):
-    """The table `choice` with the means over its seeds, a row for each setting, in the order of their likeness."""
-    rows = study[study.table == "choice"]
-    keys = ["sampler", "steps", "guidance", "interval"]
-    return rows.groupby(keys)[list(MEASURES)].mean().round(2).reset_index().sort_values("frechet_ratio")
+    rows = pd.concat([rows.dropna(subset="accuracy"), study[study.table == "ema"]])
+    rows = rows.astype(dict(steps=int, guidance=float, seed=int))
+    return rows.sort_values(["sampler", "spacing", "steps", "guidance"], kind="stable")
 
 
 def build(args, folder, device):
@@ -204,8 +210,9 @@ def build(args, folder, device):
     for path, maker in zip(records, ("train.py", "study.py")):
         if not path.exists():
             raise UserError(f"there is no {path}; p1_ddpm/{maker} makes it")
-    metrics, study = [json.loads(line) for line in records[0].read_text().splitlines()], read_study(records[1], checkpoint)
+    metrics = [json.loads(line) for line in records[0].read_text().splitlines()]
     model, alphas_cumprod = load_model(checkpoint, device)
+    study = read_study(records[1], checkpoint, len(alphas_cumprod) - 1)
     content = load_checkpoint(checkpoint, "p1_ddpm", ["recipe", "schedule"])
     sampling = sampling_arguments()
     blocks = architecture(folder / "p1_architecture.png", model)
@@ -223,8 +230,5 @@ def build(args, folder, device):
         sampler=sampling.sampler, steps=sampling.steps, spacing=sampling.spacing, guidance=sampling.guidance,
         interval=sampling.interval, signal=signal,
         schedule=content["schedule"][0], noise_steps=len(alphas_cumprod) - 1, recipe=content["recipe"],
-        # A training that is prolonged begins a new fall of the learning rate.
-        prolonged=[before["epoch"] for before, after in zip(metrics, metrics[1:])
-                   if after["lr"] > before["lr"] < metrics[0]["lr"]],
         quality=quality(model, alphas_cumprod, sampling, args.data_dir, device, 3 if args.quick else 100),
-        study=json.loads(study.to_json(orient="records")), choice=json.loads(choice(study).to_json(orient="records")))
+        study=json.loads(study.to_json(orient="records")), choice=json.loads(means(study[study.table == "choice"]).sort_values("frechet_ratio").to_json(orient="records")))

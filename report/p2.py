@@ -41,6 +41,8 @@ def steps_figure(path, rows):
         axes.plot(steps, line, "o-", color=colour, label=name)
     axes.legend(fontsize=7)
     axes.set(xlabel="steps", ylabel="MSE to 1,000 steps", xscale="log", yscale="log")
+    axes.set_xticks(steps, steps)
+    axes.minorticks_off()
     save(path, figure)
 
 
@@ -75,6 +77,8 @@ def build(args, folder, device):
     errors = mean_squared_errors(drawn, truths)
     for name, error in errors.items():
         print(f"{name}: MSE {error:.4f}")
+    if errors:
+        print(f"mean: MSE {sum(errors.values()) / len(errors):.4f}")
     return dict(
         course=config is None, parameters=sum(p.numel() for p in model.parameters()), size=noises[0].shape[-1],
         faces=len(faces), steps=steps, config=config or {}, norms=norms, details=details, etas=ETAS, drift=drift(grid, 4),

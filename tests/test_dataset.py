@@ -320,7 +320,7 @@ def test_same_bytes_wherever_the_files_lie(public, tmp_path):
     source, unpacked, data = public
     shutil.copytree(source, tmp_path / "x" / "deeper")
     (tmp_path / "x" / "deeper" / "BSR_bsds500.tgz").unlink()
-    shutil.copytree(unpacked, tmp_path / "x" / "a")
+    (tmp_path / "x" / "a").symlink_to(unpacked, target_is_directory=True)
     build(tmp_path / "x", tmp_path / "data")
     assert tree(tmp_path / "data") == tree(data)
     build(source, tmp_path / "other", seed=1, domains=["usps"])
@@ -377,7 +377,9 @@ def test_missing_and_damaged_public_files(public, tmp_path, domain, file, what):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda source: shutil.copytree(source / "MNIST", source / "FashionMNIST"), "train-images-idx3-ubyte.gz lies in"),
+    (lambda source: shutil.copytree(source / "MNIST", source / "FashionMNIST"), "train-images-idx3-ubyte lies in"),
+    (lambda source: (source / "FashionMNIST").mkdir() or (source / "FashionMNIST/train-images-idx3-ubyte").touch(),
+     "train-images-idx3-ubyte lies in"),
     (lambda source: (source / "MNIST/raw/t10k-labels-idx1-ubyte").unlink(), "holds only one of t10k-images"),
     (lambda source: shutil.copy(source / "MNIST/raw/train-labels-idx1-ubyte.gz", source / "MNIST/raw/t10k-labels-idx1-ubyte.gz")
      and (source / "MNIST/raw/t10k-labels-idx1-ubyte").unlink(), "images but 40 labels")])
@@ -387,6 +389,13 @@ def test_files_of_another_data_set_are_not_taken_for_mnist(public, tmp_path, cha
     with pytest.raises(UserError, match=message):
         build(tmp_path / "source", tmp_path / "data", ["mnistm"])
     assert not (tmp_path / "data/digits/mnistm").exists()
+
+
+def test_a_part_of_svhn_is_not_taken_twice(public, tmp_path):
+    shutil.copytree(public[0], tmp_path / "source")
+    shutil.copy(public[0] / "test_32x32_first33.mat", tmp_path / "source/test_32x32.mat")
+    with pytest.raises(UserError, match="test_32x32.mat and test_32x32_first33.mat; leave one"):
+        build(tmp_path / "source", tmp_path / "data", ["svhn"])
 
 
 def test_command_line(public, tmp_path, monkeypatch):

@@ -143,6 +143,12 @@ def test_a_source_folder_needs_no_network(repository, source):
         assert again.returncode == 0 and message in again.stdout and tree(folder / "hw2_data") == built
 
 
+@pytest.mark.parametrize("script", ["get_dataset.sh", "hw2_download.sh", "hw2_1.sh", "hw2_2.sh", "hw2_3.sh"])
+def test_help(script):
+    done = bash(ROOT, script, "--help")
+    assert done.returncode == 0 and not done.stderr and script in done.stdout
+
+
 def test_a_source_folder_that_is_not_there(repository):
     failed = bash(repository[0], "get_dataset.sh", "no where")
     assert failed.returncode == 2 and "there is no folder no where" in failed.stderr
@@ -155,7 +161,8 @@ def test_the_course_s_zip(repository, tmp_path):
             for file in ("data/1.png", "train.csv", "val.csv"):
                 archive.writestr(f"hw2_data/{name}/{file}", "from the zip")
             archive.writestr(f"__MACOSX/hw2_data/{name}/._train.csv", "junk")
-        archive.writestr("hw2_data/face/UNet.pt", "weights")
+        for file in ("UNet.pt", "noise/00.pt", "GT/00.png"):
+            archive.writestr(f"hw2_data/face/{file}", "from the zip")
 
     def get():
         return bash(folder, "get_dataset.sh", PYTHONPATH=stubs, COURSE_ZIP=str(tmp_path / "hw2_data.zip"))
@@ -167,11 +174,15 @@ def test_the_course_s_zip(repository, tmp_path):
     assert failed.returncode == 2 and "hw2_data/digits/usps was there already but is not whole" in failed.stderr
     assert own.exists()
     own.parent.rename(tmp_path / "away")
+    weights = folder / "hw2_data/face/UNet.pt"
+    weights.write_text("the user's own")
+    (weights.parent / "GT").rename(tmp_path / "GT")
     done = get()
     assert done.returncode == 0 and "comes from the course's zip" in done.stdout, done.stderr
     assert sorted(tree(folder / "hw2_data")) == [
         *(f"digits/{domain}/{file}" for domain in ("mnistm", "svhn", "usps")
-          for file in ("data/1.png", "train.csv", "val.csv")), "face/UNet.pt"]
+          for file in ("data/1.png", "train.csv", "val.csv")), "face/GT/00.png", "face/UNet.pt", "face/noise/00.pt"]
+    assert weights.read_text() == "the user's own"
     assert not (folder / "hw2_data/.partial").exists()
     assert "complete already" in get().stdout
 

@@ -267,9 +267,10 @@ def run_train(monkeypatch, *arguments):
     train.main()
 
 
-def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkeypatch, capsys):
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkeypatch, capsys, amp):
     flags = ["--data_dir", data_dir, "--channels", 8, 16, "--epochs", 3, "--batch_size", 16, "--warmup", 4,
-             "--dropout", 0.1, "--amp", "off", "--noise_steps", 20]
+             "--dropout", 0.1, "--amp", amp, "--noise_steps", 20]
     run_train(monkeypatch, *flags, "--output_dir", tmp_path / "whole")
 
     class Killed(Exception):
@@ -382,7 +383,7 @@ def test_wrapper_draws_1000_images_of_the_right_names(tmp_path, checkpoint):
     assert image.size == (28, 28) and image.mode == "RGB"
 
     wrapper("again", *flags, cwd=tmp_path)
-    for name in ("0_001.png", "3_017.png", "9_100.png"):
+    for name in digit_classifier.expected_names():
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out put" / name).read_bytes()
 
 
@@ -417,6 +418,7 @@ def test_wrapper_refuses_bad_input_in_one_sentence(tmp_path, checkpoint):
     torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
     content = torch.load(checkpoint, weights_only=True)
     torch.save({**content, "model_config": dict(channels=[16, 16])}, tmp_path / "misfit.pt")
+    torch.save({**content, "schedule": ["unknown", 1000]}, tmp_path / "schedule.pt")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/trajectory").write_text("mine")
@@ -424,7 +426,8 @@ def test_wrapper_refuses_bad_input_in_one_sentence(tmp_path, checkpoint):
              (["taken", "--trajectory", "1000"], "trajectory is a file"), (["file"], "is a file"), (["file/out"], "cannot write"), (["/proc/out"], "cannot write"),
              (["out", "--checkpoint", "gone.pt"], "there is no checkpoint gone.pt"),
              (["out", "--checkpoint", "cut.pt"], "damaged"), (["out", "--checkpoint", "foreign.pt"], "not a checkpoint of"),
-             (["out", "--checkpoint", "misfit.pt"], "do not fit"), (["out", "--steps", "0"], "below 1"),
+             (["out", "--checkpoint", "misfit.pt"], "do not fit"),
+             (["out", "--checkpoint", "schedule.pt"], "do not fit"), (["out", "--steps", "0"], "below 1"),
              (["out", "--steps", "1001"], "above the 1000"), (["out", "--guidance", "nan"], "not a number"),
              (["out", "--trajectory", "999"], "visits only")]
     if not torch.cuda.is_available():
@@ -463,6 +466,10 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, checkpoint):
         process.kill()
     assert list((tmp_path / "out").iterdir()) == []
 
+    (tmp_path / "out/.unfinished-killed").mkdir()  # what SIGKILL leaves, the next run removes
+    assert wrapper("out", "--checkpoint", checkpoint, "--steps", 1, "--per_class", 1, cwd=tmp_path).returncode == 0
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".png"}
+
 
 # --- The grader ---------------------------------------------------------------------------------
 
@@ -486,13 +493,14 @@ def test_grader_prints_the_courses_line_and_names_odd_files(tmp_path, always_3):
     black = torch.zeros(3, 28, 28, dtype=torch.uint8)
     folder = tmp_path / "drawn digits"
     folder.mkdir()
-    for name in ("3_001.png", "3_002.png", "3_extra.png", "5_001.png", "cat.png"):
+    for name in ("3_001.png", "3_002.png", "3_extra.png", "cat.png"):
         save_png(folder / name, black)
+    save_png(folder / "5_001.png", torch.zeros(3, 32, 32, dtype=torch.uint8))
     (folder / "notes.txt").write_text("not an image")
     done = grade("drawn digits", always_3, tmp_path)
     assert done.returncode == 0 and done.stdout == "acc = 0.75 (correct/total = 3/4)\n", done.stderr
     for part in ("1 file(s) not graded, they are no images: notes.txt", "begin with a digit: cat.png", "3_extra.png",
-                 "997 file(s) missing: 0_001.png"):
+                 "997 file(s) missing: 0_001.png", "1 file(s) resized, they are not 28x28: 5_001.png"):
         assert part in done.stderr
 
 
@@ -587,7 +595,7 @@ def test_frechet_distance_is_the_closed_form():
 
 def test_distances_are_root_mean_squares_in_grey_levels():
     black, grey = torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.full((1, 3, 28, 28), 10, dtype=torch.uint8)
-    assert evaluate.rms_distances(black, grey).item() == pytest.approx(10)
+    assert evaluate.rms_distances(evaluate.as_rows(black), evaluate.as_rows(grey)).item() == pytest.approx(10)
     assert evaluate.diversity(torch.cat([black, grey, grey])) == pytest.approx(20 / 3)
 
 
@@ -601,3 +609,22 @@ def test_judge_tells_real_digits_from_copies_and_noise(data_dir, always_3):
     assert copies["nearest_drawn"].max() < 0.1 < real["nearest_drawn"].min()
     same = judge(judge.val_images[:1].expand(20, -1, -1, -1), torch.full((20,), 3))
     assert same["diversity"][3] == pytest.approx(0, abs=0.02) and "diversity" in evaluate.report(same)
+
+
+def test_evaluate_script(tmp_path, data_dir, always_3):
+    def evaluated(folder):
+        return subprocess.run([sys.executable, ROOT / "p1_ddpm/evaluate.py", folder, "--data_dir", data_dir, "--checkpoint",
+                               always_3], cwd=tmp_path, capture_output=True, text=True)
+
+    (tmp_path / "drawn").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for name in ("3_001", "3_002", "3_003", "5_001"):
+        save_png(tmp_path / f"drawn/{name}.png", torch.randint(256, (3, 28, 28), generator=generator, dtype=torch.uint8))
+    done = evaluated("drawn")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"images +4\naccuracy +75 %   per digit 3: 100 5: 0\n", done.stdout), done.stdout
+    assert "997 file(s) missing" in done.stderr
+    for path in (tmp_path / "drawn").glob("3_*"):
+        path.unlink()
+    failed = evaluated("drawn")
+    assert failed.returncode == 2 and "must hold several images of a digit" in failed.stderr

@@ -39,8 +39,8 @@ def p1_checkpoint(tmp_path_factory, data_dir):
     """A tiny network of problem 1 with 50 noise steps, and beside it the records of its training and its study."""
     folder = tmp_path_factory.mktemp("p1")
     config = dict(channels=[8, 16], blocks=1, dropout=0.0)
-    metrics = [dict(epoch=i, loss=1 / i, loss_quarters=[1 / i, 0.5, 0.4, 0.3], lr=lr, seconds=60.0)
-               for i, lr in ((1, 2e-3), (2, 3e-3), (3, 1e-3), (4, 2e-3))]  # warm-up, fall, prolonged after epoch 3
+    metrics = [dict(epoch=i, loss=1 / i, loss_quarters=[1 / i, 0.5, 0.4, 0.3], lr=1e-3, seconds=60.0)
+               for i in (1, 2, 3, 4)]
     save_checkpoint(folder / "ddpm.pt", kind="p1_ddpm", model_config=config, schedule=["cosine", 50],
                     recipe=dict(batch_size=64, lr=0.001, weight_decay=0.01, warmup=500, ema=0.999, label_drop=0.1),
                     metrics=metrics[-1:], ema=random_weights(DigitUNet(**config), 0).state_dict(),
@@ -57,7 +57,10 @@ def p1_checkpoint(tmp_path_factory, data_dir):
 
 @pytest.fixture(scope="session")
 def p3_results(tmp_path_factory, data_dir):
-    """What experiments.py leaves: its output folder, with trainings replaced by untrained networks, and checkpoints."""
+    """What experiments.py leaves: its output folder, with trainings replaced by untrained networks, and checkpoints.
+
+    The ablation is published after the main tables, into the same file of results.
+    """
     root = tmp_path_factory.mktemp("p3")
     (root / "p3_dann/checkpoints").mkdir(parents=True)
     trained = []
@@ -69,9 +72,9 @@ def p3_results(tmp_path_factory, data_dir):
         folder.mkdir(parents=True)
         words = flags.split()
         given = {name[2:]: value for name, value in zip(words[::2], words[1::2])}
-        recipe = dict(source="mnistm", target=given.get("target", "svhn"), mode=given["mode"], seed=int(given["seed"]),
+        recipe = dict(source="mnistm", target=given.get("target", "svhn"), mode=given["mode"], seed=int(given.get("seed", 0)),
                       lambda_max=0.1, epochs=2, batch_size=128, lr=0.003, ema=0.995)
-        model = random_weights(Dann(widths=(4, 4, 4), num_features=8), int(given["seed"]))
+        model = random_weights(Dann(widths=(4, 4, 4), num_features=8), recipe["seed"])
         save_checkpoint(folder / "model.pt", kind="p3_dann", config=model.config, recipe=recipe, ema=model.state_dict())
         epochs = [dict(epoch=i, lambda_=0.1, source=0.5, domain=0.6, domain_loss=0.6, confident=0.2, seconds=30)
                   for i in (1, 2)]
@@ -82,20 +85,24 @@ def p3_results(tmp_path_factory, data_dir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments, "train", train)
         patch.setattr(experiments, "ROOT", root)
-        patch.setattr(sys, "argv", ["experiments.py", "--data_dir", str(data_dir), "--output_dir", str(root / "output"),
-                                    "--publish"])
-        experiments.main()
-    assert len(trained) == 15
+        for output, tables in ("output", ["main", "lambda"]), ("ablation", ["ablation"]):
+            patch.setattr(sys, "argv", ["experiments.py", "--data_dir", str(data_dir), "--output_dir", str(root / output),
+                                        "--tables", *tables, "--publish"])
+            experiments.main()
+    assert len(trained) == len(set(trained)) == 15 + 6 + len(experiments.ABLATION)
     return root
 
 
 def test_table_of_experiments_is_mean_and_deviation_over_seeds():
     rows = [dict(run=f"{run}_s{seed}", target="svhn", mode="dann", statistics="target", seed=seed, accuracy=value,
                  one_view=value - 2)
-            for run, values in (("mnistm_svhn_dann", (70, 71, 72)), ("ablation_x", (0, 0, 0)))
+            for run, values in (("mnistm_svhn_dann", (70, 71, 72)),)
             for seed, value in enumerate(values)]
-    assert experiments.main_table(pd.DataFrame(rows)).reset_index().to_dict("records") == [
-        dict(target="svhn", mode="dann", statistics="target", mean=71, std=1, one_view=69, seeds=3)]
+    rows.append(dict(rows[0], run="ablation_x", accuracy=50, one_view=49))
+    one, three = experiments.means(pd.DataFrame(rows)).to_dict("records")
+    assert three == dict(experiment="mnistm_svhn_dann", target="svhn", statistics="target", mean=71, std=1, one_view=69,
+                         seeds=3)
+    assert (one["experiment"], one["mean"], one["seeds"]) == ("ablation_x", 50, 1)
 
 
 def test_results_are_measured_on_the_published_networks(p3_results, data_dir):
@@ -110,6 +117,7 @@ def test_results_are_measured_on_the_published_networks(p3_results, data_dir):
     right = (predict(model, images).argmax(dim=1) == labels).float().mean().item()
     assert table[table.run == "mnistm_svhn_dann_s1"].accuracy.item() == pytest.approx(100 * right, abs=0.01)
     shipped = p3_results / "p3_dann/checkpoints"
+    assert table.run.nunique() == 15 + 6 + len(experiments.ABLATION)  # of both output folders
     for name in experiments.MODELS:
         assert (shipped / f"{name}.pt").read_bytes() == (p3_results / f"output/{name}_s0/model.pt").read_bytes()
 
@@ -133,6 +141,7 @@ def test_drawing_of_the_architecture_follows_the_module():
 
 
 def build(tmp_path, *flags):
+    tmp_path.mkdir(exist_ok=True)
     return subprocess.run([sys.executable, ROOT / "report/build.py", "--device", "cpu", "--output_dir",
                            tmp_path / "the report", *map(str, flags)], capture_output=True, text=True, cwd=tmp_path)
 
@@ -159,7 +168,7 @@ def test_report_builds_from_tiny_checkpoints(tmp_path, data_dir, p1_checkpoint, 
     assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
     assert len(re.findall(rb"/Subtype\s*/Image", pdf)) >= len(figures)
     numbers = json.loads((tmp_path / "the report/build/p1.json").read_text())
-    assert numbers["epochs"] == 4 and numbers["minutes"] == 4 and numbers["loss"] == 0.25 and numbers["prolonged"] == [3]
+    assert numbers["epochs"] == 4 and numbers["minutes"] == 4 and numbers["loss"] == 0.25
     numbers = json.loads((tmp_path / "the report/build/p2.json").read_text())
     assert list(numbers["errors"]) == ["02.png"] and numbers["errors"]["02.png"] > 100 and not numbers["course"]
     assert numbers["drift"][0] == 0 and min(numbers["drift"][1:]) > 1
@@ -170,6 +179,13 @@ def test_report_builds_from_tiny_checkpoints(tmp_path, data_dir, p1_checkpoint, 
     assert done.returncode == 0, done.stderr
     changed = {path.name[:2] for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"p1"} and (tmp_path / "the report/report.pdf").stat().st_size > 0.9 * len(pdf)
+
+    # In a fresh folder the others are missing. Weights without a configuration are the course's.
+    torch.save(random_weights(FaceUNet(channel=8), 0).state_dict(), tmp_path / "UNet.pt")
+    done = build(tmp_path / "fresh", "--quick", "--only", "p2", "--unet", tmp_path / "UNet.pt", "--noise", tmp_path / "noise")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "fresh/the report/build/p2.json").read_text())["course"]
+    assert [path.name for path in (tmp_path / "fresh/the report").glob("*.p[dn][fg]")] == ["report_p2.pdf"]
 
 
 def test_benchmark_measures_one_command_at_a_time(tmp_path):
@@ -185,16 +201,40 @@ def test_benchmark_measures_one_command_at_a_time(tmp_path):
 def test_a_study_of_another_checkpoint_is_not_taken(tmp_path, p1_checkpoint):
     (tmp_path / "other.pt").write_bytes(b"other")
     with pytest.raises(UserError, match="lacks choice, guidance, interval, seeds, spacing, steps for"):
-        p1.read_study(p1_checkpoint.parent / "study.csv", tmp_path / "other.pt")
+        p1.read_study(p1_checkpoint.parent / "study.csv", tmp_path / "other.pt", 50)
+
+
+def test_the_report_takes_what_was_drawn_with_the_shipped_setting(tmp_path, p1_checkpoint):
+    rows = pd.read_csv(p1_checkpoint.parent / "study.csv")
+    other = rows[rows.table == "steps"].assign(guidance=9.0, accuracy=-1)
+    pd.concat([rows, other]).to_csv(tmp_path / "study.csv", index=False)
+    study = p1.read_study(tmp_path / "study.csv", p1_checkpoint, 50)
+    assert len(study) == len(rows) and study.accuracy.min() >= 0
+    pd.concat([rows[rows.table != "steps"], other]).to_csv(tmp_path / "study.csv", index=False)
+    with pytest.raises(UserError, match="lacks steps for"):
+        p1.read_study(tmp_path / "study.csv", p1_checkpoint, 50)
+
+
+def test_means_are_over_the_seeds_alone():
+    rows = pd.DataFrame([dict(dict.fromkeys(study.FLAGS, "x"), guidance=guidance, seed=seed,
+                              **dict.fromkeys(study.MEASURES, value))
+                         for guidance, seed, value in (("1", "0", 97.0), ("1", "1", 99.0), ("2", "0", 50.0))])
+    assert study.means(rows)[["guidance", "accuracy", "accuracy_deviation", "seeds"]].fillna(0).values.tolist() == [
+        ["1", 98.0, pytest.approx(2**0.5), 2], ["2", 50.0, 0.0, 1]]
+    lines = study.markdown(rows).splitlines()
+    assert lines[0].startswith("| guidance | accuracy |") and lines[2].startswith("| 1 | 98.00 ± 1.41 |")
 
 
 def test_benchmark_runs_the_wrappers(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--only", "p3", "--output", str(tmp_path / "b.csv")])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--only", "p1", "p3", "--output", str(tmp_path / "b.csv")])
+    pd.DataFrame([dict(problem=problem, what="kept or replaced") for problem in ("p2", "p3")]).to_csv(tmp_path / "b.csv")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     benchmark.main()
-    [row] = pd.read_csv(tmp_path / "b.csv").to_dict("records")
-    assert row["what"] == "hw2_3.sh" and row["images"] == 1000 and row["images_per_second"] > 0 and row["peak_mib"] > 50
+    kept, first, third = pd.read_csv(tmp_path / "b.csv").to_dict("records")
+    assert kept["problem"] == "p2" and kept["what"] == "kept or replaced"
+    assert first["what"] == "hw2_1.sh" and first["images"] == 50 and first["within"]
+    assert third["what"] == "hw2_3.sh" and third["images"] == 1000 and third["images_per_second"] > 0 and third["peak_mib"] > 50
     assert "hw2_3.sh" in capsys.readouterr().out
 
 
