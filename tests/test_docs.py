@@ -1,6 +1,7 @@
 """What the texts promise: every script explains every flag, and every command in README and docstrings exists."""
 
 import ast
+import itertools
 import re
 import runpy
 import shlex
@@ -54,6 +55,9 @@ def test_every_command_in_the_texts_exists(capsys):
     for where, line in commands():
         for command in re.split(r"&&|\|\||;|\|", line.split("#")[0]):
             words = shlex.split(command)
+            for word in words:  # what comes with the repository
+                if re.match(r"requirements[\w-]*\.txt$|p\d_\w+/(checkpoints|noise)", word):
+                    assert (ROOT / word).exists(), f"{where}: {line}"
             scripts = [word for word in words if re.fullmatch(r"[\w/]+\.(py|sh)", word)]
             for script in scripts:
                 assert (ROOT / script).is_file(), f"{where}: {line}"
@@ -68,5 +72,9 @@ def test_every_command_in_the_texts_exists(capsys):
                 usage = capsys.readouterr().out.split("\n\n")[0]  # lists every flag, and comes before the docstring
                 known = set(re.findall(r"--\w+", usage)) | {"--help"}
                 assert flags <= known, f"{where}: {line}: {flags - known}"
+                for flag, choices in re.findall(r"(--\w+) \{([^}]+)\}", " ".join(usage.split())):
+                    values = words[words.index(flag) + 1:] if flag in words else []
+                    for value in itertools.takewhile(lambda word: not word.startswith("--"), values):
+                        assert value in choices.split(","), f"{where}: {line}: {flag} {value}"
                 seen.add(script)
     assert seen == set(SCRIPTS)  # and every script is shown somewhere
