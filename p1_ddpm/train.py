@@ -8,13 +8,12 @@
 
 Reads hw2_data/digits/mnistm. Writes into --output_dir:
     last.pt         everything that --resume needs, after every epoch
-    model.pt        the averaged weights and the configuration, for inference.py --checkpoint
+    model.pt        the averaged weights in half precision and the configuration, for inference.py --checkpoint
     metrics.jsonl   one line per epoch: loss, loss per quarter of the noise steps, learning rate, images/s
     samples_*.png   ten digits of each class from fixed noise, rows are digits
 
-The committed checkpoint was trained with --epochs 36 and prolonged with --resume --epochs 60 and again with --epochs 90:
-196 minutes on 2 CPU cores, the loss ends at 0.120. metrics.jsonl beside it is the record. Without flags the same 90
-epochs run through one rise and fall of the learning rate.
+p1_ddpm/checkpoints/ddpm.pt is the model.pt of these settings: 50 epochs, 98 minutes on 2 CPU cores with bfloat16 and
+nothing beside it (about 330 images/s), the loss ends at 0.115. metrics.jsonl beside it is the record.
 """
 
 import json
@@ -50,16 +49,16 @@ def parse_args():
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
                         help="mixed precision; auto takes what the device does fast")
     model = parser.add_argument_group("model")
-    model.add_argument("--channels", type=int_at_least(8), nargs=2, default=[64, 128],
+    model.add_argument("--channels", type=int_at_least(8), nargs=2, default=[96, 192],
                        help="widths at 14x14 and 7x7, multiples of 8")
     model.add_argument("--blocks", type=int_at_least(1), default=1, help="residual blocks per resolution and way")
     model.add_argument("--dropout", type=float_between(0, 1), default=0.0, help="dropout in the residual blocks")
     model.add_argument("--schedule", choices=["linear", "cosine"], default="cosine", help="noise schedule")
     model.add_argument("--noise_steps", type=int_at_least(2), default=1000, help="T, the number of noise steps")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=int_at_least(1), default=90, help="passes over the training images")
+    optimisation.add_argument("--epochs", type=int_at_least(1), default=50, help="passes over the training images")
     optimisation.add_argument("--batch_size", type=int_at_least(1), default=64, help="images per step")
-    optimisation.add_argument("--lr", type=float_between(0), default=1e-3, help="highest learning rate")
+    optimisation.add_argument("--lr", type=float_between(0), default=8e-4, help="highest learning rate")
     optimisation.add_argument("--warmup", type=int_at_least(1), default=500, help="steps of linear warm-up")
     optimisation.add_argument("--weight_decay", type=float_between(0), default=0.01, help="AdamW's weight decay")
     optimisation.add_argument("--ema", type=float_between(0, 1), default=0.999, help="decay of the weight average")
@@ -172,7 +171,8 @@ def main():
             continue
         description = dict(kind="p1_ddpm", model_config=config, schedule=[args.schedule, args.noise_steps], recipe=recipe,
                            metrics=metrics)
-        save_checkpoint(output_dir / "model.pt", **{**description, "metrics": metrics[-1:]}, ema=ema.shadow)
+        half = {name: value.half() for name, value in ema.shadow.items()}
+        save_checkpoint(output_dir / "model.pt", **{**description, "metrics": metrics[-1:]}, ema=half)
         write_atomic(output_dir / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics).encode())
         if (epoch + 1) % args.sample_every == 0 or epoch + 1 == args.epochs:
             averaged.load_state_dict(ema.shadow)

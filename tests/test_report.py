@@ -225,6 +225,16 @@ def test_means_are_over_the_seeds_alone():
     assert lines[0].startswith("| guidance | accuracy |") and lines[2].startswith("| 1 | 98.00 ± 1.41 |")
 
 
+def test_the_shipped_setting_is_the_one_that_the_rule_picks():
+    checkpoint = ROOT / "p1_ddpm/checkpoints/ddpm.pt"
+    choice = p1.read_study(checkpoint.parent / "study.csv", checkpoint, 1000).query("table == 'choice'")
+    candidates = study.means(choice)
+    best = candidates[candidates.accuracy.round(2) >= 99.8].sort_values("frechet_ratio").iloc[0]
+    shipped = p1.sampling_arguments()
+    assert (best.sampler, best.steps, best.guidance, best.interval) == (
+        shipped.sampler, shipped.steps, shipped.guidance, "{:g} to {:g}".format(*shipped.interval))
+
+
 def test_benchmark_runs_the_wrappers(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--only", "p1", "p3", "--output", str(tmp_path / "b.csv")])
