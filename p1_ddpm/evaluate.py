@@ -82,7 +82,8 @@ class Judge:
         digits = labels.unique().tolist()
         floor, floor_deviation = self.floor(labels)
         measures = dict(
-            images=len(images), accuracy=right.mean().item(), accuracy_per_digit={d: right[labels == d].mean().item() for d in digits},
+            images=len(images), accuracy=right.mean().item(),
+            accuracy_per_digit={d: right[labels == d].mean().item() for d in digits},
             frechet=frechet_distance(features, self.val_features), frechet_floor=floor,
             frechet_floor_deviation=floor_deviation,
             diversity={d: diversity(images[labels == d]) / diversity(self.val_images[self.val_labels == d])

@@ -3,7 +3,7 @@
     bash hw2_1.sh out_dir                       # 1,000 images, 0_001.png ... 9_100.png
     python3 p1_ddpm/inference.py out_dir --per_class 10 --guidance 2 --seed 1
 
-Takes half a minute on 2 CPU cores. The same command draws the same bytes every time on the same machine. The
+Takes 45 seconds on 2 CPU cores. On a CPU the same command draws the same bytes every time on the same machine. The
 noise of an image depends on --seed, its digit and its number alone; another --batch_size or number of threads
 changes the order of float32 sums, which moves a pixel by one grey level now and then.
 """

@@ -32,7 +32,8 @@ TABLES = {
                for sampler, steps, guidance, low, high in (
                    ("ddim", 20, 1.0, 200, 1000), ("ddim", 20, 1.5, 200, 1000), ("ddim", 20, 2.0, 400, 900),
                    ("dpmpp", 20, 1.0, 200, 1000), ("dpmpp", 20, 2.0, 400, 900), ("dpmpp", 12, 1.0, 200, 1000),
-                   ("dpmpp", 12, 1.5, 200, 1000), ("dpmpp", 12, 1.5, 200, 950), ("dpmpp", 12, 2.0, 400, 900))
+                   ("dpmpp", 12, 1.5, 200, 1000), ("dpmpp", 12, 1.5, 200, 950), ("dpmpp", 12, 2.0, 400, 900),
+                   ("dpmpp", 20, 2.5, 400, 900), ("ddim", 20, 1.25, 200, 1000), ("dpmpp", 16, 2.5, 400, 900))
                for seed in (11, 12, 13)],  # of the shipped setting; no other table uses these seeds
     "guidance": [dict(guidance=g) for g in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)],
     "interval": [dict(interval=[low, high]) for low, high in ((0, 1000), (200, 1000), (400, 1000), (200, 950))],

@@ -117,7 +117,8 @@ def main():
                 seconds, memory = measure([*command, "--device", device])
                 rows.append(dict(problem=problem, what=what, images=images, device=names[device],
                                  seconds=round(seconds, 1), images_per_second=float(f"{images / seconds:.3g}"),
-                                 peak_mib=round(memory), limit_s_on_2080ti=limit, within=seconds <= limit, python=platform.python_version(),
+                                 peak_mib=round(memory), limit_s_on_2080ti=limit, within=seconds <= limit,
+                                 python=platform.python_version(),
                                  torch=torch.__version__))
                 print(rows[-1], flush=True)
                 write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())

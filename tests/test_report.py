@@ -228,8 +228,9 @@ def test_means_are_over_the_seeds_alone():
 def test_the_shipped_setting_is_the_one_that_the_rule_picks():
     checkpoint = ROOT / "p1_ddpm/checkpoints/ddpm.pt"
     choice = p1.read_study(checkpoint.parent / "study.csv", checkpoint, 1000).query("table == 'choice'")
-    candidates = study.means(choice)
-    best = candidates[candidates.accuracy.round(2) >= 99.8].sort_values("frechet_ratio").iloc[0]
+    settings = choice.groupby(["sampler", "steps", "guidance", "interval"])
+    good = settings.filter(lambda rows: rows.accuracy.min() >= 99.8 and rows.worst_digit.min() >= 99)  # on every seed
+    best = study.means(good).sort_values("frechet_ratio").iloc[0]
     shipped = p1.sampling_arguments()
     assert (best.sampler, best.steps, best.guidance, best.interval) == (
         shipped.sampler, shipped.steps, shipped.guidance, "{:g} to {:g}".format(*shipped.interval))
