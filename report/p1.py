@@ -16,7 +16,7 @@ from p1_ddpm.study import FLAGS, TABLES, as_text, digest_of, means, settings
 from report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, image_grid, plt, save
 from utils import UserError, image_generators, load_checkpoint, randn, to_uint8
 
-SAMPLER_NAMES = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpmpp": "DPM-Solver++(2M)"}
+SAMPLER_NAMES = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpmpp": "DPM-Solver++"}
 STATES = (1000, 800, 600, 400, 200, 0)
 COLOURS = {"residual block": SKY, "attention": ORANGE, "convolution": GREY, "output": GREY}
 SHORT = {"residual block": "residual", "attention": "attention", "convolution": "conv", "output": "output"}
