@@ -19,7 +19,7 @@ from utils import UserError, image_generators, load_checkpoint, randn, to_uint8
 SAMPLER_NAMES = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpmpp": "DPM-Solver++"}
 STATES = (1000, 800, 600, 400, 200, 0)
 COLOURS = {"residual block": SKY, "attention": ORANGE, "convolution": GREY, "output": GREY}
-SHORT = {"residual block": "residual", "attention": "attention", "convolution": "conv", "output": "output"}
+SHORT = {"residual block": "residual", "convolution": "conv"}
 
 
 def sampling_arguments(*flags):
@@ -79,7 +79,7 @@ def architecture(path, model):
         x, y = place[block["name"]]
         axes.add_patch(FancyBboxPatch((x - 0.43, y - 0.4), 0.86, 0.8, boxstyle="round,pad=0.05",
                                       fc=COLOURS[block["kind"]], alpha=0.8))
-        text = f"{SHORT[block['kind']]}\n{block['channels'][0]}\n→ {block['channels'][1]}"
+        text = f"{SHORT.get(block['kind'], block['kind'])}\n{block['channels'][0]}\n→ {block['channels'][1]}"
         axes.text(x, y, text, ha="center", va="center", fontsize=6.5)
         if i:
             axes.add_patch(FancyArrowPatch(place[blocks[i - 1]["name"]], (x, y), shrinkA=15, shrinkB=15,
@@ -231,4 +231,5 @@ def build(args, folder, device):
         interval=sampling.interval, signal=signal,
         schedule=content["schedule"][0], noise_steps=len(alphas_cumprod) - 1, recipe=content["recipe"],
         quality=quality(model, alphas_cumprod, sampling, args.data_dir, device, 3 if args.quick else 100),
-        study=json.loads(study.to_json(orient="records")), choice=json.loads(means(study[study.table == "choice"]).sort_values("frechet_ratio").to_json(orient="records")))
+        study=json.loads(study.to_json(orient="records")),
+        choice=json.loads(means(study[study.table == "choice"]).sort_values("frechet_ratio").to_json(orient="records")))
