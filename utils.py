@@ -48,17 +48,22 @@ def run(main):
         number = getattr(signal, name, None)  # Windows knows no SIGHUP
         if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it, and so it stays
             signal.signal(number, signal.default_int_handler)
+    status = 0
     try:
         main()
     except (UserError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        status = 130
+    if dist.is_available() and dist.is_initialized():
+        # Gloo's threads may still let go of tensors, for which they need Python's lock. While Python shuts down that
+        # aborts the process, and destroy_process_group can wait for such a thread for ever. So Python does not shut down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def argument_parser(doc):
@@ -215,15 +220,9 @@ def init_distributed(device_name="auto"):
     return device, dist.get_rank(), dist.get_world_size()
 
 
-_reduced = []
-
-
 def sum_over_processes(tensor):
     """The sum of a tensor over all processes; each of them has to call this."""
     if dist.is_available() and dist.is_initialized():
-        # Kept until the end: where gloo's thread drops the last reference, it waits for Python's lock while
-        # destroy_process_group, which holds the lock, waits for the thread (seen with PyTorch 2.0.1).
-        _reduced.append(tensor)
         dist.all_reduce(tensor)
     return tensor
 

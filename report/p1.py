@@ -232,4 +232,5 @@ def build(args, folder, device):
         schedule=content["schedule"][0], noise_steps=len(alphas_cumprod) - 1, recipe=content["recipe"],
         quality=quality(model, alphas_cumprod, sampling, args.data_dir, device, 3 if args.quick else 100),
         study=json.loads(study.to_json(orient="records")),
-        choice=json.loads(means(study[study.table == "choice"]).sort_values("frechet_ratio").to_json(orient="records")))
+        **{table: json.loads(means(study[study.table == table]).sort_values("frechet_ratio").to_json(orient="records"))
+           for table in ("choice", "confirm", "seeds")})
