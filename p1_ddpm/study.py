@@ -6,7 +6,8 @@
 
 Draws 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output. Settings of the
 same checkpoint that are in that file already are not drawn again, so an interrupted study goes on. Prints the tables
-as Markdown: mean and standard deviation where settings differ in the seed alone.
+as Markdown: mean and standard deviation where settings differ in the seed alone. On 2 CPU cores the table reference
+takes 40 minutes, the others together 50.
 """
 
 import argparse
