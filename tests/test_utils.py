@@ -1,18 +1,19 @@
-"""utils.py: the schedule's values, keyed noise, atomic files, safe loading, weight averaging, a user's mistakes."""
+"""startup.py and utils.py: threads, the schedule's values, keyed noise, a user's mistakes, streams that fail."""
 
 import argparse
 import os
+import shlex
 import signal
+import subprocess
 import sys
+from pathlib import Path
+
+import utils
+from utils import UserError
 
 import numpy as np
 import pytest
 import torch
-import torchvision
-from PIL import Image
-
-import utils
-from utils import UserError
 
 
 def test_beta_scheduler_values():
@@ -46,15 +47,6 @@ def test_noise_is_standard_normal():
     assert (noise.flatten(1) @ noise.flatten(1).T / 2352 - torch.eye(64)).abs().max() < 0.1  # images are independent
 
 
-def test_seed_all_is_a_function_of_its_keys():
-    def draw(*keys):
-        utils.seed_all(*keys)
-        return torch.randn(4).tolist()
-
-    assert draw(0, 5, 1) == draw(0, 5, 1)
-    assert len({tuple(draw(*keys)) for keys in ((0, 5, 1), (0, 5, 2), (0, 1, 5), (1, 5, 1), (0, 6, 1))}) == 5
-
-
 def test_pick_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert utils.pick_device("auto").type == utils.pick_device("cpu").type == "cpu"
@@ -65,7 +57,7 @@ def test_pick_device(monkeypatch):
 
 
 def test_autocast_only_with_a_low_precision():
-    weights = torch.randn(4, 4)
+    weights = torch.ones(4, 4)
     with utils.autocast(torch.device("cpu"), torch.bfloat16):
         assert (weights @ weights).dtype == torch.bfloat16
     with utils.autocast(torch.device("cpu"), None):
@@ -84,18 +76,6 @@ def test_amp_dtype(monkeypatch):
     assert utils.amp_dtype("fp16", cuda) == torch.float16
     with pytest.raises(UserError, match="--amp fp16 needs a GPU"):
         utils.amp_dtype("fp16", cpu)
-
-
-def test_grad_scaler_passes_all_through_without_float16():
-    weight = torch.ones(1, requires_grad=True)
-    optimizer = torch.optim.SGD([weight], lr=0.5)
-    for dtype in (None, torch.bfloat16):
-        scaler = utils.grad_scaler(dtype)
-        assert not scaler.is_enabled() and scaler.scale(torch.tensor(3.0)) == 3
-        weight.grad = torch.ones(1)
-        scaler.step(optimizer)
-        scaler.update()
-    assert weight.item() == 0
 
 
 def test_in_batches_halves_a_batch_that_does_not_fit(capsys):
@@ -123,139 +103,6 @@ def test_in_batches_gives_up_when_one_item_does_not_fit_and_hides_no_other_error
     with pytest.raises(error, match=message):
         list(utils.in_batches(fail, list(range(8)), 4))
     assert sizes == ([4, 2, 1] if error is utils.UserError else [4])
-
-
-def test_without_torchrun_there_is_one_process(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert utils.init_distributed("cpu") == (torch.device("cpu"), 0, 1)
-
-
-# --- Files --------------------------------------------------------------------------------------
-
-def test_write_atomic_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "file.bin"
-    utils.write_atomic(path, b"old")
-    umask = os.umask(0)
-    os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask  # as an ordinary new file, not a private one
-
-    def disk_full(*args):
-        raise OSError(28, "No space left on device")
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    for failure, error, message in ((disk_full, utils.UserError, "file.bin .No space left on device.; make room"),
-                                    (interrupted, KeyboardInterrupt, None)):
-        monkeypatch.setattr(os, "replace", failure)
-        with pytest.raises(error, match=message):
-            utils.write_atomic(path, b"new content")
-        assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.bin"]
-    monkeypatch.undo()
-    utils.write_atomic(path, b"new")
-    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file.bin"]
-
-
-def test_png_holds_what_torchvision_would_save(tmp_path):
-    image = torch.rand(3, 9, 7, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
-    utils.save_png(tmp_path / "ours.png", utils.to_uint8(image))
-    torchvision.utils.save_image(image, tmp_path / "theirs.png")
-    with Image.open(tmp_path / "ours.png") as ours, Image.open(tmp_path / "theirs.png") as theirs:
-        assert ours.mode == "RGB" and np.array_equal(np.asarray(ours), np.asarray(theirs))
-
-
-def test_make_output_dir(tmp_path):
-    assert utils.make_output_dir(tmp_path / "a" / "b c").is_dir()
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file"):
-        utils.make_output_dir(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot write to the output folder"):
-        utils.make_output_dir(tmp_path / "file" / "below")
-    assert os.listdir(tmp_path / "a" / "b c") == []
-
-
-# --- Training -----------------------------------------------------------------------------------
-
-def test_warmup_cosine_rises_then_falls_to_zero():
-    rates = [utils.warmup_cosine(step, 100, 10) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and max(rates) == 1
-    assert rates[55] == pytest.approx(0.5) and rates[100] == pytest.approx(0)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-# --- Checkpoints --------------------------------------------------------------------------------
-
-def test_checkpoint_comes_back(tmp_path):
-    path = tmp_path / "last.pt"
-    ema = {"weight": torch.randn(3, 2), "half": torch.randn(4).half()}
-    utils.save_checkpoint(path, kind="p1_ddpm", config={"widths": [32, 64], "lr": 1e-3}, ema=ema, step=7)
-    content = utils.load_checkpoint(path, "p1_ddpm", ["config", "ema"])
-    assert content["format_version"] == utils.CHECKPOINT_VERSION and content["step"] == 7
-    assert content["config"] == {"widths": [32, 64], "lr": 1e-3}
-    assert all(torch.equal(content["ema"][key], ema[key]) for key in ema)
-    with pytest.raises(UserError, match="not a checkpoint of p3_dann"):
-        utils.load_checkpoint(path, "p3_dann", ["ema"])
-    with pytest.raises(UserError, match="lacks optimizer, scheduler"):
-        utils.load_checkpoint(path, "p1_ddpm", ["config", "optimizer", "scheduler"])
-
-
-class Malicious:
-    """Unpickling it would create the file `path`."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_malicious_checkpoint_runs_nothing(tmp_path):
-    torch.save({"kind": "p1_ddpm", "ema": Malicious(str(tmp_path / "ran"))}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="evil.pt is damaged or not made by torch.save"):
-        utils.load_checkpoint(tmp_path / "evil.pt", "p1_ddpm", ["ema"])
-    assert not (tmp_path / "ran").exists()
-    kwargs = {} if torch.__version__.startswith("2.0") else {"weights_only": False}
-    torch.load(tmp_path / "evil.pt", **kwargs)  # the file is dangerous indeed
-    assert (tmp_path / "ran").exists()
-
-
-def test_missing_damaged_and_foreign_checkpoints(tmp_path):
-    utils.save_checkpoint(tmp_path / "good.pt", kind="p1_ddpm", config={}, ema={"weight": torch.randn(500)})
-    whole = (tmp_path / "good.pt").read_bytes()
-    for content in (b"", b"text", whole[:len(whole) // 2]):
-        (tmp_path / "bad.pt").write_bytes(content)
-        with pytest.raises(UserError, match="bad.pt is damaged"):
-            utils.load_torch(tmp_path / "bad.pt")
-    with pytest.raises(UserError, match="there is no checkpoint .*gone.pt"):
-        utils.load_checkpoint(tmp_path / "gone.pt", "p1_ddpm", ["ema"])
-    torch.save(torch.zeros(2), tmp_path / "tensor.pt")
-    with pytest.raises(UserError, match="not a checkpoint of p1_ddpm"):
-        utils.load_checkpoint(tmp_path / "tensor.pt", "p1_ddpm", ["ema"])
-
-
-def test_ema_follows_its_formula_and_resumes():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    ema, restored = utils.EMA(model, 0.9), utils.EMA(model, 0.9)
-    expected = {key: value.double().clone() for key, value in model.state_dict().items()}
-    for update in range(200):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter))
-        model(torch.randn(5, 3))
-        ema.update(model)
-        if update == 99:
-            restored.load_state_dict(ema.state_dict())
-        elif update > 99:
-            restored.update(model)
-        decay = min(0.9, (1 + update) / (10 + update))
-        for key, value in model.state_dict().items():
-            expected[key] = decay * expected[key] + (1 - decay) * value.double()
-    expected["1.num_batches_tracked"] = 200  # a counter is copied, not averaged
-    for key, value in ema.shadow.items():
-        torch.testing.assert_close(value.double(), torch.as_tensor(expected[key]).double(), rtol=1e-4, atol=1e-5)
-        assert torch.equal(restored.shadow[key], value), key
-        assert value.data_ptr() != model.state_dict()[key].data_ptr()
 
 
 # --- A user's mistake ---------------------------------------------------------------------------
@@ -292,9 +139,64 @@ def test_argument_types(capsys):
     parser = utils.argument_parser("What it does.\n\n    python3 x.py")
     parser.add_argument("--steps", type=utils.int_at_least(1), default=20, help="number of steps")
     parser.add_argument("--eta", type=utils.float_between(0, 1), default=0.0, help="noise")
-    assert parser.parse_args(["--steps", "1", "--eta", "1"]) == argparse.Namespace(steps=1, eta=1.0)
-    for bad in (["--steps", "0"], ["--steps", "2.5"], ["--eta", "1.01"], ["--eta", "nan"], ["--eta", "x"]):
+    parser.add_argument("--output_dir", type=utils.nonempty_path, help="a folder")
+    assert parser.parse_args(["--steps", "1", "--eta", "1"]) == argparse.Namespace(
+        steps=1, eta=1.0, output_dir=None)
+    for bad in (["--steps", "0"], ["--steps", "2.5"], ["--eta", "1.01"], ["--eta", "nan"], ["--eta", "x"],
+                ["--output_dir", ""]):
         with pytest.raises(SystemExit) as stopped:
             parser.parse_args(bad)
         assert stopped.value.code == 2
     assert "What it does.\n\n    python3 x.py" in parser.format_help() and "(default: 20)" in parser.format_help()
+
+
+# --- Streams and the start ----------------------------------------------------------------------
+
+def script(tmp_path, body):
+    """Writes `body` as a script that can import from this repository; returns its path."""
+    path = tmp_path / "script.py"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(Path(utils.__file__).parent)!r})\n{body}\n")
+    return path
+
+
+def test_a_script_outlives_the_reader_of_what_it_prints_and_a_stream_that_cannot_encode(tmp_path):
+    path = script(tmp_path, "import utils\n"
+                            "def main():\n"
+                            "    print('\\u76ee' * 3, flush=True)\n"
+                            "    for _ in range(20000): print('x' * 20)\n"
+                            f"    open({str(tmp_path / 'done')!r}, 'w').close()\n"
+                            "utils.run(main)")
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.stdout, done.stderr) == ("\\u76ee\\u76ee\\u76ee\n0\n", "")
+    assert (tmp_path / "done").exists()
+
+
+def test_threads_sleep_soon_unless_the_user_says_otherwise(tmp_path):
+    body = ("import startup, os\nprint(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('KMP_BLOCKTIME'),"
+            " 'torch' in sys.modules)")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "KMP", "OMP"))}
+    path = script(tmp_path, body)
+    for mine, printed in (({}, "10000 1 False"), ({"GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "3"}, "7 3 False"),
+                          ({"OMP_WAIT_POLICY": "ACTIVE"}, "None None False")):
+        done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300,
+                              env={**clean, **mine})
+        assert done.stdout.strip() == printed
+
+
+def test_a_python_without_the_packages_says_which_one_it_is(tmp_path):
+    path = script(tmp_path, "sys.path[:] = [path for path in sys.path if 'site-packages' not in path]\n"
+                            "print('first')\nimport utils\nprint('never')")
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "first\n")
+    assert f"python3 is {sys.executable}, which lacks torch, torchvision" in done.stderr
+    assert "pip install -r" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_nan_is_said_with_the_name_of_the_image():
+    values = torch.zeros(3, 2, 2)
+    assert utils.require_finite(values, "abc") is values
+    values[1, 0, 1] = float("inf")
+    with pytest.raises(UserError, match="b.png comes out as NaN: the weights are broken"):
+        utils.require_finite(values, ["a.png", "b.png", "c.png"])

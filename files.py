@@ -1,0 +1,199 @@
+"""Files: written whole or not at all; checkpoints, ours and those that others have wrapped in their own ways.
+
+A checkpoint is one dict of tensors and plain types with the same keys in every chapter:
+
+    kind, format_version    which chapter's, see CHECKPOINT_VERSION
+    config                  what builds the network
+    recipe                  the flags that it was trained with
+    metrics                 a list of dicts, the rows of metrics.jsonl (in a model.pt the last one alone)
+    ema                     the averaged weights, a state dict (in a model.pt in half precision)
+    step, model, optimizer, scaler      in a last.pt: what a training needs to go on
+"""
+
+import contextlib
+import io
+import os
+import pickle
+import re
+import secrets
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from utils import UserError
+
+CHECKPOINT_VERSION = 2
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+def make_output_dir(path):
+    """Creates the folder `path` if need be and returns it as a Path; UserError when it cannot be written to."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except FileExistsError:
+        raise UserError(f"the output path {path} is a file; name a folder")
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {path} ({error.strerror}); name another one")
+    return path
+
+
+def check_output_file(path):
+    """UserError unless the file `path` can be written; makes its folder if need be."""
+    if Path(path).is_dir():
+        raise UserError(f"the output path {path} is a folder; name a file")
+    if not is_stream(path):
+        make_output_dir(Path(os.path.realpath(path)).parent)
+
+
+def is_stream(path):
+    """Whether `path` is a device, a pipe or an open file such as /dev/stdout: written to, never replaced."""
+    path = os.path.abspath(path)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        return True
+    for _ in range(40):  # as many links as Linux follows
+        if path.startswith("/proc/") or not os.path.islink(path):
+            break
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return path.startswith("/proc/")
+
+
+def write_atomic(path, data):
+    """Writes the bytes `data` to the file `path`, at the end of its links: whole or not at all, or UserError."""
+    stream = is_stream(path)
+    target = Path(path if stream else os.path.realpath(path))
+    temporary = target if stream else target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        if not stream:
+            os.replace(temporary, target)
+    except BaseException as error:
+        if not stream:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path} ({error.strerror}); make room, or name another place")
+        raise
+
+
+def save_png(path, image):
+    """Writes a uint8 tensor of shape (3, H, W) as an RGB PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, format="PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def save_checkpoint(path, **content):
+    """Saves one dict of tensors and plain types with the format version, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save({"format_version": CHECKPOINT_VERSION, **content}, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+def load_torch(path, what="file"):
+    """torch.load on the CPU without running code from the file; UserError when it cannot be read."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no {what} {path}; check the path, or run 'bash hw2_download.sh' if it is one of "
+                        "this repository's checkpoints")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about how it reads
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # zip, pickle and torch raise a dozen types on damaged or foreign files
+        raise UserError(f"the {what} {path} {_unreadable(path, error)}")
+
+
+def _unreadable(path, error):
+    """Why torch.load has failed on `path`, and what to do: the rest of a sentence."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        return ("is in the safetensors format under another name; read it with safetensors.torch.load_file and save "
+                "the result with torch.save")
+    foreign = re.search(r"(?:GLOBAL|[Gg]lobal|class) ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and foreign:
+        return (f"holds more than tensors and plain values ({foreign[1]}), which is not loaded because it could run "
+                "code; save the weights alone: torch.save(model.state_dict(), path)")
+    return f"is damaged or not made by torch.save ({type(error).__name__}); fetch it again"
+
+
+def load_checkpoint(path, kind, keys):
+    """Loads a dict written by save_checkpoint with kind=`kind` (such as 'p1_ddpm') and the given keys."""
+    checkpoint = load_torch(path, "checkpoint")
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
+        raise UserError(f"{path} is not a checkpoint of {kind}{_holds(checkpoint)}; name one of {kind}/train.py")
+    if checkpoint.get("format_version") != CHECKPOINT_VERSION:
+        raise UserError(f"the checkpoint {path} has format {checkpoint.get('format_version')}, this code reads format "
+                        f"{CHECKPOINT_VERSION}; fetch both anew")
+    missing = [key for key in keys if key not in checkpoint]
+    if missing:
+        raise UserError(f"the checkpoint {path} lacks {', '.join(missing)}; name a training's last.pt, which holds all")
+    return checkpoint
+
+
+def load_weights(model, state_dict, path):
+    """Loads `state_dict`, which was read from `path`, into `model`; UserError when it does not fit or holds NaN."""
+    found, expected = ({name: tuple(value.shape) for name, value in state.items()}
+                       for state in (state_dict, model.state_dict()))
+    wrong = [f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}"
+             for name in expected | found if found.get(name) != expected.get(name)]
+    if wrong:
+        raise UserError(f"the weights in {path} do not fit {type(model).__name__}: {'; '.join(wrong[:3])}"
+                        f"{f'; and {len(wrong) - 3} more' * (len(wrong) > 3)}")
+    for name, value in state_dict.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"the weights in {path} hold NaN or infinity ({name}): the training diverged; "
+                            "name another checkpoint")
+    model.load_state_dict(state_dict)
+
+
+def find_weights(content, names, path):
+    """The state dict in `content`, what torch.load read from `path`, whose names are `names`, however it is wrapped.
+
+    Looks into dicts within dicts (state_dict, model, ema, net, ...) and behind any prefix of the names (module.,
+    _orig_mod., model., ...), for averaged weights first. Where at least half of the names fit, the nearest is returned,
+    for load_weights to say how it differs; else UserError tells what the file holds.
+    """
+    names, nearest = set(names), {}
+    for where, weights in sorted(_state_dicts(content), key=lambda found: "ema" not in found[0]):
+        prefixes = {key[:-len(name)] for key in weights for name in names if key.endswith(name)}
+        for prefix in sorted(prefixes, key=lambda prefix: ("ema" not in prefix, prefix)):
+            inside = {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
+            if inside.keys() == names:
+                return inside
+            if len(inside.keys() & names) > len(nearest.keys() & names):
+                nearest = inside
+    if len(nearest.keys() & names) < len(names) / 2:
+        raise UserError(f"{path} does not hold the weights that are looked for{_holds(content)}; name another file")
+    return nearest
+
+
+def _state_dicts(content, where=""):
+    """(where, {name: tensor}) of every dict in the nested `content` that holds tensors."""
+    if not isinstance(content, dict):
+        return
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and torch.is_tensor(value)}
+    if tensors:
+        yield where, tensors
+    for key, value in content.items():
+        yield from _state_dicts(value, f"{where}/{str(key).lower()}".replace("shadow", "ema").replace("average", "ema"))
+
+
+def _holds(content):
+    """', which holds ...': what was read from a file, for a message."""
+    if not isinstance(content, dict):
+        return f", which holds a {type(content).__name__}"
+    keys = [str(key) for key in content]
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return f", whose top level holds {', '.join(keys[:5]) or 'nothing'}{more}"

@@ -1,0 +1,1 @@
+"""Problem 2: faces from noise files by DDIM."""

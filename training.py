@@ -1,0 +1,393 @@
+"""What every train.py does before, at and after a step, as functions. The loop stays in the script:
+
+    process, saved = start(args, "p1_ddpm")
+    parts = make_parts(model, make_optimizers(model, args), process, saved)
+    for step in steps(args, process, saved, total):
+        loss = ...                                     # the batch and the method: what the chapter is about
+        update(parts, loss.mean(), warmup_cosine(step, total, args.warmup), ema_decay(args.ema, step))
+        means.add(loss=loss)
+        if due(args, step, total):
+            log(metrics, means, step, per_epoch, args, parts, process)
+            save_model(...), save_training(...)        # by the process of rank 0
+
+Whatever a step does is a function of (seed, step, rank), so --resume goes on bit for bit with nothing but the weights,
+the optimiser's state and the number of the step.
+"""
+
+import copy
+import functools
+import json
+import math
+import os
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from files import load_checkpoint, make_output_dir, save_checkpoint, write_atomic
+from utils import UserError, amp_dtype, cpu_has_bfloat16, float_between, int_at_least, pick_device
+
+# Flags that say where and how a training runs, and do not change what comes out.
+NOT_RECIPE = ("data_dir", "output_dir", "resume", "dry_run", "device", "amp", "save_every")
+
+
+class Process(NamedTuple):
+    """This process's part of the training: alone it has rank 0 of 1; `dtype` is its low precision, or None."""
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    count: int
+
+
+class Parts(NamedTuple):
+    """What an update changes: the network, the moving average of its weights, the optimisers, the loss scaler."""
+    model: nn.Module
+    ema: nn.Module
+    optimizers: list
+    scaler: object
+
+
+# --- Before the first step ----------------------------------------------------------------------
+
+def add_arguments(parser, epochs, batch_size, lr, warmup, weight_decay, ema, save_every):
+    """The flags of every train.py, with this chapter's defaults."""
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt in --output_dir")
+    parser.add_argument("--dry_run", action="store_true", help="train two steps on small batches, write nothing")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of all random numbers")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+                        help="mixed precision; auto takes what the device does fast")
+    parser.add_argument("--save_every", type=int_at_least(1), default=save_every, help="steps between checkpoints")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int_at_least(1), default=epochs, help="passes over the training images")
+    group.add_argument("--batch_size", type=int_at_least(1), default=batch_size, help="images per step, all processes")
+    group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw",
+                       help="muon: the inner convolutions by Muon, all else by AdamW")
+    group.add_argument("--lr", type=float_between(0), default=lr, help="AdamW's highest learning rate")
+    group.add_argument("--muon_lr", type=float_between(0), default=0.02, help="Muon's highest learning rate")
+    group.add_argument("--warmup", type=int_at_least(1), default=warmup, help="steps of linear warm-up")
+    group.add_argument("--weight_decay", type=float_between(0), default=weight_decay, help="decoupled weight decay")
+    group.add_argument("--ema", type=float_between(0, 1), default=ema, help="decay of the weights' moving average")
+
+
+def start(args, kind):
+    """(this Process, the checkpoint to go on from or None) for the parsed flags `args` of the chapter `kind`.
+
+    Joins torchrun's processes, if there are any, and makes --output_dir. UserError when the flags do not fit together,
+    or do not fit the training that is there.
+    """
+    process = _join(args)
+    if args.batch_size % process.count:
+        raise UserError(f"--batch_size {args.batch_size} is not a multiple of the {process.count} processes")
+    if args.dry_run:
+        args.batch_size = min(args.batch_size, 8 * process.count)
+    else:
+        make_output_dir(args.output_dir)
+        if process.rank == 0:
+            _lock(args.output_dir)
+    last = args.output_dir / "last.pt"
+    if not args.resume:
+        if last.exists() and not args.dry_run:
+            raise UserError(f"{args.output_dir} holds a training already; add --resume or name another --output_dir")
+        return process, None
+    if not last.exists():
+        raise UserError(f"there is no training to go on with, {last}; start without --resume")
+    try:
+        saved = load_checkpoint(last, kind, ["recipe", "metrics", "ema", "step", "model", "optimizer", "scaler"])
+    except UserError as error:
+        raise UserError(f"{error}; or move {args.output_dir} away and start without --resume")
+    finished = saved["metrics"] and saved["metrics"][-1]["epoch"] >= saved["recipe"]["epochs"]
+    if finished and args.epochs > saved["recipe"]["epochs"]:
+        saved["recipe"]["epochs"] = args.epochs  # a finished training may be prolonged; the learning rate rises again
+    wanted = recipe(args)
+    if args.dry_run:
+        wanted["batch_size"] = saved["recipe"]["batch_size"]
+    other = {name: value for name, value in saved["recipe"].items() if value != wanted.get(name)}
+    if other:
+        flags = " ".join(f"--{name} {' '.join(map(str, v)) or 'nothing' if isinstance(v, list) else v}"
+                         for name, v in other.items())
+        raise UserError(f"{last} was trained with {flags}; resume it with the same flags")
+    return process, saved
+
+
+def _join(args):
+    """The Process that torchrun has started, or the only one."""
+    device = pick_device(args.device)
+    rank, count = 0, 1
+    # All of them: a cluster may set WORLD_SIZE alone.
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if device.index >= torch.cuda.device_count():
+                raise UserError(f"torchrun starts more processes than the {torch.cuda.device_count()} GPUs here; "
+                                "lower --nproc_per_node")
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        rank, count = dist.get_rank(), dist.get_world_size()
+    return Process(device, amp_dtype(args.amp, device), rank, count)
+
+
+def _lock(folder):
+    """UserError when another living process trains into `folder`; held until this process ends or starts another."""
+    try:
+        import fcntl
+        if hasattr(_lock, "handle"):
+            os.close(_lock.handle)
+        _lock.handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(_lock.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another training writes into {folder}; let it end, or name another --output_dir")
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+
+
+def recipe(args):
+    """The flags that make a training what it is, as a dict of plain types for its checkpoint."""
+    return {name: str(value) if isinstance(value, os.PathLike) else value
+            for name, value in vars(args).items() if name not in NOT_RECIPE}
+
+
+def steps_per_epoch(count, batch_size):
+    """Whole batches in `count` images; UserError when there is none."""
+    if count < batch_size:
+        raise UserError(f"--batch_size {batch_size} is larger than the {count} training images")
+    return count // batch_size
+
+
+def make_parts(model, optimizers, process, saved=None):
+    """The Parts of a new training of `model`, or of the one that the checkpoint `saved` describes."""
+    scaler_type = torch.amp.GradScaler if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler  # PyTorch 2.3
+    # Loss scaling for float16, whose small gradients would vanish; for other precisions it passes all through.
+    scaler = scaler_type(enabled=process.dtype == torch.float16)
+    parts = Parts(model, copy.deepcopy(model).eval().requires_grad_(False), optimizers, scaler)
+    if saved:
+        model.load_state_dict(saved["model"])
+        parts.ema.load_state_dict(saved["ema"])
+        for optimizer, state in zip(optimizers, saved["optimizer"]):
+            optimizer.load_state_dict(state)
+        if saved["scaler"]:  # empty where the training did not need one so far
+            scaler.load_state_dict(saved["scaler"])
+    return parts
+
+
+def distribute(model, process, **arguments):
+    """`model` as one of the processes calls it: with several, their gradients are averaged."""
+    if process.count == 1:
+        return model
+    # Buffers stay each process's own: sending them round could end as utils.run tells.
+    return DistributedDataParallel(model, broadcast_buffers=False, **arguments)
+
+
+# --- At a step ----------------------------------------------------------------------------------
+
+def seed_all(*keys):
+    """Seeds PyTorch's generators on every device from the non-negative integers `keys`."""
+    torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1)[0]))
+
+
+def steps(args, process, saved, total):
+    """Yields the steps that are left of `total`, each with random numbers of (seed, step, rank); two in a dry run."""
+    first = saved["step"] if saved else 0
+    stop = first + 2 if args.dry_run else total
+    for step in tqdm(range(first, stop), "training", total=stop, initial=first, unit="step",
+                     disable=process.rank != 0 or None):
+        seed_all(args.seed, step, process.rank)
+        yield step
+    if args.dry_run and process.rank == 0:
+        print(f"dry run: two steps of {args.batch_size} images went well on {process.device}; nothing was written")
+
+
+@functools.lru_cache(maxsize=1)
+def _order(count, seed, epoch):
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
+
+
+def batch_indices(step, count, args, process):
+    """Which of `count` images this process takes at `step`, int64 (B,) on its device: every epoch is a permutation."""
+    epoch, i = divmod(step, steps_per_epoch(count, args.batch_size))
+    batch = _order(count, args.seed, epoch)[i * args.batch_size:(i + 1) * args.batch_size]
+    return batch[process.rank::process.count].to(process.device)
+
+
+def warmup_cosine(step, total, warmup):
+    """The learning rate's factor at a step: linear warm-up, then half a cosine down to 0 at step `total`.
+
+    A function of the step, so there is no scheduler whose state would have to be saved.
+    """
+    progress = max(0, step - warmup) / max(1, total - warmup)
+    return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def ema_decay(highest, step):
+    """The average's decay at a step: (1 + step) / (10 + step) at first, to forget the initial weights soon."""
+    return min(highest, (1 + step) / (10 + step))
+
+
+def update(parts, loss, lr_factor, decay, clip=1.0):
+    """One step down the gradient of the scalar `loss`, and one of the moving average.
+
+    lr_factor: of each optimiser's highest learning rate; decay: the average's; clip: the gradient's highest norm.
+    """
+    for optimizer in parts.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr_factor * group["highest_lr"]
+        optimizer.zero_grad(set_to_none=True)
+    parts.scaler.scale(loss).backward()
+    for optimizer in parts.optimizers:
+        parts.scaler.unscale_(optimizer)
+    if clip:
+        nn.utils.clip_grad_norm_(parts.model.parameters(), clip)
+    for optimizer in parts.optimizers:
+        parts.scaler.step(optimizer)
+    parts.scaler.update()
+    average(parts.ema, parts.model, decay)
+
+
+@torch.no_grad()
+def average(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, for floating-point parameters and buffers; others are copied."""
+    for mean, value in zip(ema.state_dict().values(), model.state_dict().values()):
+        if value.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+# --- Optimisers ---------------------------------------------------------------------------------
+
+def make_optimizers(model, args):
+    """[AdamW], or [Muon for the weights of all convolutions but the first and the last, AdamW for the rest]."""
+    convolutions = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    inner = convolutions[1:-1] if args.optimizer == "muon" else []
+    ids = {id(weight) for weight in inner}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=args.weight_decay)]
+    if inner:
+        optimizers.insert(0, Muon(inner, lr=args.muon_lr, weight_decay=args.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["highest_lr"] = group["lr"]
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update, seen as a matrix (outputs, rest), is made orthogonal (Jordan et al. 2024).
+
+    Every direction of the matrix then moves by the same amount: lr * sqrt(max(1, rows / columns)) in the spectral norm.
+    """
+
+    def __init__(self, parameters, lr=0.02, weight_decay=0.01, momentum=0.95):
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                momentum.lerp_(weight.grad, 1 - group["momentum"])
+                nesterov = weight.grad.lerp(momentum, group["momentum"])
+                matrix = nesterov.reshape(len(weight), -1)
+                rows, columns = matrix.shape
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(group["lr"] * max(1, rows / columns) ** 0.5 * orthogonalise(matrix).reshape(weight.shape))
+
+
+def orthogonalise(matrix, iterations=5):
+    """A matrix with the singular vectors of `matrix` and singular values between about 0.7 and 1.2.
+
+    Newton-Schulz iteration with the quintic of Jordan et al. 2024; in bfloat16, which it forgives, where that is fast.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    low = torch.bfloat16 if matrix.is_cuda or cpu_has_bfloat16() else torch.float32
+    x = (matrix / (matrix.norm() + 1e-7)).to(low)
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    for _ in range(iterations):
+        gram = wide @ wide.T
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return (wide if wide.shape == x.shape else wide.T).to(matrix.dtype)
+
+
+# --- What is logged and saved -------------------------------------------------------------------
+
+class Means:
+    """Means of named values since they were last popped, over all processes."""
+
+    def __init__(self):
+        self.sums, self.since = {}, time.time()
+
+    def add(self, **values):
+        """values: tensors (B,), one number an image, or 0-d."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._add(name, torch.stack([value.sum(), torch.full_like(value.sum(), value.numel())]))
+
+    def add_quarters(self, name, values, t, timesteps):
+        """values (B,) apart by the quarter of 1 ... `timesteps` in which t (B,) lies: four means."""
+        rows = torch.stack([values.detach().float(), torch.ones_like(values, dtype=torch.float32)], dim=1)
+        self._add(name, torch.zeros(4, 2, device=values.device).index_add_(0, (t - 1) * 4 // timesteps, rows))
+
+    def _add(self, name, sums):
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+
+    def pop(self):
+        """({name: mean, or a list of them}, seconds since the last time); every process has to call this."""
+        means = {}
+        for name, sums in self.sums.items():
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(sums)
+            total, count = sums.unbind(-1)
+            mean = (total / count.clamp(min=1)).tolist()
+            means[name] = [round(x, 5) for x in mean] if isinstance(mean, list) else round(mean, 5)
+        seconds = time.time() - self.since
+        self.sums, self.since = {}, time.time()
+        return means, seconds
+
+
+def due(args, step, total):
+    """Whether `step` ends with a line in the log and a checkpoint."""
+    return not args.dry_run and ((step + 1) % args.save_every == 0 or step + 1 == total)
+
+
+def log(metrics, means, step, per_epoch, args, parts, process):
+    """Appends the row of `step` to the list `metrics` and prints it; every process has to call this.
+
+    UserError when a mean is not finite: the training ends, and its last checkpoint stays as it is.
+    """
+    values, seconds = means.pop()
+    if not np.isfinite(np.hstack(list(values.values()))).all():  # every process sees it, so none waits for another
+        raise UserError(f"the loss is not finite before step {step + 1}; train anew with a lower --lr")
+    done = step + 1 - (metrics[-1]["step"] if metrics else 0)
+    metrics.append(dict(step=step + 1, epoch=round((step + 1) / per_epoch, 3), **values,
+                        lr=parts.optimizers[-1].param_groups[0]["lr"], seconds=round(seconds, 1),
+                        images_per_second=round(done * args.batch_size / seconds, 1)))
+    if process.rank == 0:
+        tqdm.write(", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                             for name, value in metrics[-1].items()))
+
+
+def save_model(output_dir, model, **description):
+    """Writes model.pt for inference: `model`'s parameters in half precision (its buffers as they are), no more metrics
+    than the last; description: kind, config, recipe, metrics."""
+    parameters = dict(model.named_parameters())
+    weights = {name: value.half() if name in parameters else value for name, value in model.state_dict().items()}
+    description["metrics"] = description["metrics"][-1:]
+    save_checkpoint(output_dir / "model.pt", **description, ema=weights)
+
+
+def save_training(output_dir, parts, step, **description):
+    """Writes metrics.jsonl and last.pt: last of all, as --resume makes again what an interrupt has cut off before."""
+    write_jsonl(output_dir / "metrics.jsonl", description["metrics"])
+    save_checkpoint(output_dir / "last.pt", **description, step=step + 1, ema=parts.ema.state_dict(),
+                    model=parts.model.state_dict(), optimizer=[o.state_dict() for o in parts.optimizers],
+                    scaler=parts.scaler.state_dict())
+
+
+def write_jsonl(path, rows):
+    """Writes one JSON object a line, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
