@@ -52,12 +52,13 @@ def initialise(layer, gain=1.0):
 
 
 class TimeEmbedding(nn.Module):
-    """Step numbers (B,) to (B, dim): sines, then cosines, of angles from t down to t / 10000 (not quite reached)."""
+    """Timesteps (B,) to (B, dim): sines, then cosines, of angles from t down to t / 10000 (not quite reached)."""
 
     def __init__(self, dim):
         super().__init__()
-        self.register_buffer("inv_freq", torch.exp(torch.arange(0, dim, 2, dtype=torch.float32)
-                                                   * (-math.log(10000) / dim)))
+        # On the CPU even where the rest is made on the meta device: arithmetic there loads sympy, for two seconds.
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") * (-math.log(10000) / dim)
+        self.register_buffer("inv_freq", exponents.exp())
 
     def forward(self, time):
         angles = time.to(self.inv_freq.dtype)[:, None] * self.inv_freq
@@ -131,8 +132,8 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """model(x, time): the noise in x, of x's shape.
 
-    x: (B, in_channel, H, W) with values about [-1, 1] plus noise, H and W divisible by 32. time: (B,) raw step
-    numbers t = 0 ... 999, integer or float, not divided by T. `channel` (a multiple of 4) scales every width;
+    x: (B, in_channel, H, W) with values about [-1, 1] plus noise, H and W divisible by 32. time: (B,) raw
+    timesteps t = 0 ... 999, integer or float, not divided by T. `channel` (a multiple of 4) scales every width;
     the course's network has 128. Raises ValueError for other widths and shapes.
     """
 
@@ -187,7 +188,7 @@ class UNet(nn.Module):
             raise ValueError(f"x must have the shape (B, {self.in_channel}, H, W) with H and W divisible by {STRIDE}; "
                              f"got {tuple(x.shape)}")
         if time.shape != x.shape[:1]:
-            raise ValueError(f"time must hold one step number for each of the {len(x)} images; "
+            raise ValueError(f"time must hold one timestep for each of the {len(x)} images; "
                              f"got the shape {tuple(time.shape)}")
         time = self.time(time)
         stack = []

@@ -3,11 +3,12 @@
     python3 build_dataset.py --source_dir DIR    from public files that are in DIR already
     python3 build_dataset.py --download          fetches them into public_data/ first (about 350 MB)
 
-Takes about a minute on two CPU cores. The public files may lie anywhere below --source_dir:
+Takes about a minute on two CPU cores. The public files may lie anywhere below --source_dir, compressed or not, their
+names in capitals or not:
 
-    MNIST    {train,t10k}-{images-idx3,labels-idx1}-ubyte, with or without .gz
-    USPS     usps.bz2, usps.t.bz2 (LIBSVM's text format)
-    SVHN     {train,test,extra}_32x32.mat (format 2) as far as they are there, whole or in part (test_32x32_first8000.mat)
+    MNIST    {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], or with a dot before idx
+    USPS     usps[.bz2], usps.t[.bz2] (LIBSVM's text format, labels 1..10)
+    SVHN     {train,test,extra}_32x32.mat (format 2) or parts of them (test_32x32_first8000.mat)
     BSDS500  BSR_bsds500.tgz, or unpacked: .../images/train/*.jpg
 
 The official parts, whichever are there, are pooled (of SVHN the extra digits too) and split 64/16/20 into train,
@@ -19,10 +20,17 @@ import bz2
 import gzip
 import io
 import os
+import re
 import shutil
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, argument_parser, int_at_least, nonempty_path, run
 
 import numpy as np
 from PIL import Image
@@ -30,34 +38,59 @@ from scipy.io import loadmat
 from sklearn.datasets import load_svmlight_file
 from tqdm import tqdm
 
-from utils import UserError, argument_parser, int_at_least, make_output_dir, run
+from dataset import read_rgb, some
+from files import make_output_dir
 
-ROOT = Path(__file__).resolve().parent
 BSDS500_URL = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz"
 
 
 # --- Formats of the public files ----------------------------------------------------------------
 
-def read_idx(path):
-    """MNIST's format: two zero bytes, a type code, the number of axes, big-endian sizes, then the bytes."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        data = file.read()
-    shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
+def unpacked(path):
+    """A file's content; whether it is compressed is in its first bytes, a browser may have unpacked x.gz by itself."""
+    data = path.read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        return gzip.decompress(data)
+    return bz2.decompress(data) if data.startswith(b"BZh") else data
+
+
+def read_idx(path, item):
+    """MNIST's format, N arrays of bytes: two zero bytes, a type code, the number of axes, big-endian sizes, the bytes.
+
+    ValueError when the arrays are not of the shape `item`, () for labels.
+    """
+    data = unpacked(path)
+    shape = tuple(np.frombuffer(data, ">i4", count=data[3], offset=4))
+    if data[2] != 8 or shape[1:] != item:
+        found, expected = ("x".join(map(str, sizes)) for sizes in (shape, ("N", *item)))
+        raise ValueError(f"it holds {found} numbers of type {data[2]} instead of {expected} of type 8")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
 def read_libsvm(path):
     """USPS's format, pixels -1..1 and labels 1..10, as uint8 (N, 16, 16) and N digits."""
-    with bz2.open(path) as file:
-        pixels, labels = load_svmlight_file(io.BytesIO(file.read()), n_features=256, zero_based=False)
-    pixels = np.rint((pixels.toarray() + 1) / 2 * 255).astype(np.uint8)
-    return pixels.reshape(-1, 16, 16), labels.astype(np.int64) - 1
+    pixels, labels = load_svmlight_file(io.BytesIO(unpacked(path)), n_features=256, zero_based=False)
+    pixels = pixels.toarray()
+    if not -1 <= pixels.min() <= pixels.max() <= 1:
+        raise ValueError(f"its pixels reach from {pixels.min():g} to {pixels.max():g} instead of -1 to 1")
+    return np.rint((pixels + 1) / 2 * 255).astype(np.uint8).reshape(-1, 16, 16), digits(labels, 1) - 1
 
 
 def read_mat(path):
     """SVHN's format, in which the digit 0 is labelled 10, as uint8 (N, 32, 32, 3) and N digits."""
     content = loadmat(path)
-    return content["X"].transpose(3, 0, 1, 2), content["y"].ravel().astype(np.int64) % 10
+    images, labels = content["X"], content["y"].ravel()
+    if images.dtype != np.uint8 or images.shape[:3] != (32, 32, 3):
+        raise ValueError(f"its X is {'x'.join(map(str, images.shape))} {images.dtype} instead of 32x32x3xN uint8")
+    return images.transpose(3, 0, 1, 2), digits(labels, 1) % 10
+
+
+def digits(labels, first):
+    """N labels as int64; ValueError when one is not among `first` ... `first` + 9."""
+    odd = labels[~np.isin(labels, range(first, first + 10))]
+    if len(odd):
+        raise ValueError(f"it holds the label {odd[0]:g}, labels are {first} to {first + 9}")
+    return labels.astype(np.int64)
 
 
 def read_tar(path):
@@ -72,26 +105,43 @@ def read(path, reader):
     try:
         return reader(path)
     except Exception as error:  # gzip, bz2, tar, MATLAB and JPEG each fail in their own ways
-        raise UserError(f"the file {path} cannot be read ({str(error) or type(error).__name__}); if it is damaged, delete it "
-                        "and fetch it again")
+        raise UserError(f"the file {path} cannot be read ({str(error) or type(error).__name__}); if it is damaged, "
+                        "delete it and fetch it again")
 
+
+# --- Finding them -------------------------------------------------------------------------------
 
 def find_all(source_dir, *patterns):
-    """The files below `source_dir`, linked folders too, that match a pattern; those of the first pattern come first.
+    """The files below `source_dir`, linked folders too, that match a pattern in lower case; the first pattern's first.
 
-    UserError when such files lie in several folders: other data sets (Fashion-MNIST) use MNIST's file names.
+    Hidden files and unfinished downloads are left out, with all that lies in a folder of such a name. UserError when
+    such files lie in several folders: other data sets (Fashion-MNIST) use MNIST's file names.
     """
-    paths = sorted(Path(folder, name) for folder, _, names in os.walk(source_dir, followlinks=True) for name in names)
-    files = [path for pattern in patterns for path in paths if path.match(pattern)]
+    def unfit(name):
+        return re.search(r"^\.|\.(crdownload|download|part|partial)$", name.lower())
+
+    paths = []
+    for folder, folders, names in os.walk(source_dir, followlinks=True):
+        folders[:] = [name for name in folders if not unfit(name)]
+        paths += [Path(folder, name) for name in names if not unfit(name)]
+    files = [path for pattern in patterns for path in sorted(paths)
+             if PurePosixPath(path.as_posix().lower()).match(pattern) and path.is_file()]
     folders = sorted({str(file.parent) for file in files})
     if len(folders) > 1:
-        raise UserError(f"{patterns[0]} lies in {' and in '.join(folders)}; leave it in one of them, or name that one")
+        raise UserError(f"{files[0].name} lies in {' and in '.join(folders)}; leave it in one of them, or name that")
     return files
 
 
 def find(source_dir, *patterns):
     """The first of `find_all`, or None."""
     return next(iter(find_all(source_dir, *patterns)), None)
+
+
+def missing(source_dir, what, word):
+    """The UserError for a data set that is not there; it names the files whose names hold `word` and are not read."""
+    names = {name for _, _, names in os.walk(source_dir, followlinks=True) for name in names if word in name.lower()}
+    others = f" (found, but not read: {some(sorted(names))})" if names else ""
+    return UserError(f"{source_dir} lacks {what}{others}; put it there or fetch it with --download")
 
 
 # --- The public data sets, official training digits first -----------------------------------------
@@ -101,18 +151,20 @@ def read_mnist(source_dir):
     parts = []
     for part in ("train", "t10k"):
         names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
-        files = [find(source_dir, name, f"{name}.gz") for name in names]
+        patterns = [name.replace("-idx", "[-.]idx") for name in names]
+        files = [find(source_dir, pattern, f"{pattern}.gz") for pattern in patterns]
         if any(files) and not all(files):
             raise UserError(f"{source_dir} holds only one of {' and '.join(names)}; put the other one beside it")
         if any(files):
-            parts.append([read(file, read_idx) for file in files])
-    return pool(parts, source_dir, "MNIST (train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz)")
+            parts.append((read(files[0], lambda path: read_idx(path, (28, 28))),
+                          read(files[1], lambda path: digits(read_idx(path, ()), 0))))
+    return pool(parts, source_dir, "MNIST (train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz)", "mnist")
 
 
 def read_usps(source_dir):
     """(images, labels): uint8 (N, 16, 16), white on black, and N digits."""
-    files = [find(source_dir, name) for name in ("usps.bz2", "usps.t.bz2")]
-    return pool([read(file, read_libsvm) for file in files if file], source_dir, "USPS (usps.bz2)")
+    files = [find(source_dir, name, f"{name}.bz2") for name in ("usps", "usps.t")]
+    return pool([read(file, read_libsvm) for file in files if file], source_dir, "USPS (usps.bz2)", "usps")
 
 
 def read_svhn(source_dir):
@@ -123,34 +175,31 @@ def read_svhn(source_dir):
         if len(files) > 1:  # a whole part and a piece of it would bring the same digits twice
             raise UserError(f"{source_dir} holds {' and '.join(file.name for file in files)}; leave one of them")
         parts += [read(file, read_mat) for file in files]
-    return pool(parts, source_dir, "SVHN (train_32x32.mat)")
+    return pool(parts, source_dir, "SVHN (train_32x32.mat)", "32x32")
 
 
 def read_photographs(source_dir):
     """BSDS500's training photographs, a list of uint8 (H, W, 3) sorted by file name."""
-    archive = find(source_dir, "*[Bb][Ss][Dd][Ss]500*.t[ag][rz]*")
+    archive = find(source_dir, "*bsds500*.tgz", "*bsds500*.tar.gz", "*bsds500*.tar")
     if archive:
         photographs = read(archive, read_tar)
     else:
-        photographs = {file.name: read(file, lambda path: np.asarray(Image.open(path).convert("RGB")))
-                       for file in find_all(source_dir, "images/train/[0-9]*.jpg")}
+        files = find_all(source_dir, "images/train/[0-9]*.jpg")
+        photographs = {file.name: np.asarray(read_rgb(file)) for file in files}
     if not photographs:
-        raise missing(source_dir, f"BSDS500's training photographs ({BSDS500_URL})")
+        raise missing(source_dir, f"BSDS500's training photographs ({BSDS500_URL})", "bsds")
     return [photographs[name] for name in sorted(photographs)]
 
 
-def pool(parts, source_dir, what):
-    """Joins the (images, labels) of the splits that were found."""
+def pool(parts, source_dir, what, word):
+    """Joins the (images, labels) of the splits that were found; `what` and `word` as in missing()."""
     if not parts:
-        raise missing(source_dir, what)
+        raise missing(source_dir, what, word)
     for images, labels in parts:
         if len(images) != len(labels):
-            raise UserError(f"{source_dir} holds {len(images)} images but {len(labels)} labels of {what}; fetch both anew")
+            raise UserError(f"{source_dir} holds {len(images)} images but {len(labels)} labels of {what}; fetch both "
+                            "anew")
     return [np.concatenate(arrays) for arrays in zip(*parts)]
-
-
-def missing(source_dir, what):
-    return UserError(f"{source_dir} lacks {what}; put it there or fetch it with --download")
 
 
 def download(source_dir):
@@ -254,15 +303,16 @@ def build(domain, source_dir, data_dir, seed):
 
 def main():
     parser = argument_parser(__doc__)
-    parser.add_argument("--source_dir", default=ROOT / "public_data", help="holds the public files, at any depth")
-    parser.add_argument("--data_dir", default=ROOT / "hw2_data", help="folder to build digits/ in")
+    parser.add_argument("--source_dir", type=nonempty_path, default=ROOT / "public_data",
+                        help="holds the public files, at any depth")
+    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="folder to build digits/ in")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="which ones to build")
     parser.add_argument("--download", action="store_true", help="first fetch the public files that are missing")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the splits and of MNIST-M's patches")
     args = parser.parse_args()
     if args.download:
         download(make_output_dir(args.source_dir))
-    if not Path(args.source_dir).is_dir():
+    if not args.source_dir.is_dir():
         raise UserError(f"there is no folder {args.source_dir}; name the one that holds the public files")
     make_output_dir(args.data_dir)
     for domain in args.domains:

@@ -8,11 +8,17 @@ Classifier.pth can be dropped in (or named with --checkpoint). Ours reaches 97.6
 split, which it never trains on.
 """
 
+import copy
+import io
 import math
-import os
 import sys
 import time
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, argument_parser, int_at_least, nonempty_path, pick_device, run
 
 import numpy as np
 import torch
@@ -20,11 +26,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dataset import list_images, load_split, read_images
-from utils import (EMA, UserError, argument_parser, int_at_least, load_torch, make_output_dir, pick_device, run,
-                   save_checkpoint, seed_all)
-
-ROOT = Path(__file__).resolve().parent
+from dataset import list_images, load_split, read_images, some
+from files import check_output_file, find_weights, load_torch, load_weights, write_atomic
+from training import average, ema_decay, seed_all
+from transforms import random_affine, uniform
 
 
 class Classifier(nn.Module):
@@ -51,14 +56,10 @@ class Classifier(nn.Module):
 
 
 def load_classifier(path=ROOT / "Classifier.pth", device="cpu"):
-    """The classifier in evaluation mode from a file whose key 'state_dict' holds its weights."""
-    checkpoint = load_torch(path, "classifier checkpoint")
+    """The classifier in evaluation mode; its weights are under 'state_dict' in the file, or in any other wrapping."""
     model = Classifier()
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, IndexError, TypeError, RuntimeError):
-        raise UserError(f"{path} does not hold this classifier's weights under the key 'state_dict'; "
-                        "fetch Classifier.pth again or train it with --train")
+    weights = find_weights(load_torch(path, "classifier checkpoint"), model.state_dict(), path)
+    load_weights(model, weights, path)
     return model.to(device).eval()
 
 
@@ -79,13 +80,7 @@ def expected_names():
     return {f"{digit}_{number:03d}.png" for digit in range(10) for number in range(1, 101)}
 
 
-def some(names):
-    """The first three of a set of names, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def read_drawn(folder):
+def read_generated(folder):
     """(images, labels) of the images in `folder` whose names begin with a digit: uint8 (N, 3, 28, 28) and (N,).
 
     Warns on stderr of whatever differs from a folder of exactly 0_001.png ... 9_100.png.
@@ -97,12 +92,11 @@ def read_drawn(folder):
         raise UserError(f"no image in {folder} has a name that begins with its digit, such as 7_001.png")
     images = read_images([Path(folder) / name for name in graded])
     odd = {name for name in graded if image_size(Path(folder) / name) != (28, 28)}
-    for found, what in ((set(os.listdir(folder)) - set(names), "not graded, they are no images"),
-                        (foreign, "not graded, their names do not begin with a digit"),
+    for found, what in ((foreign, "not graded, their names do not begin with a digit"),
                         (set(graded) - expected_names(), "graded, but not among 0_001.png ... 9_100.png"),
                         (odd, "resized, they are not 28x28"), (expected_names() - set(names), "missing")):
         if found:
-            print(f"warning: {len(found)} file(s) {what}: {some(found)}", file=sys.stderr)
+            print(f"warning: {len(found)} file(s) {what}: {some(sorted(found))}", file=sys.stderr)
     return images, torch.tensor([int(name[0]) for name in graded])
 
 
@@ -114,77 +108,72 @@ def image_size(path):
 # --- Training -----------------------------------------------------------------------------------
 
 def augment(x):
-    """Random affine map, inversion, contrast, brightness and order of the colour channels for x in [-1, 1].
+    """Random affine map, order of the colour channels, contrast, polarity and brightness for x in [-1, 1].
 
-    |photograph - digit| makes a digit either darker or lighter than its ground and of any colour, so none
-    of these changes what MNIST-M could have drawn.
+    |photograph - digit| makes a digit either darker or lighter than its background and of any colour, so none of these
+    changes what MNIST-M could show.
     """
-    b = len(x)
-    angle = torch.empty(b).uniform_(-0.25, 0.25)
-    scale = torch.empty(b, 2).uniform_(0.85, 1.15)
-    shear = torch.empty(b).uniform_(-0.2, 0.2)
-    shift = torch.empty(b, 2).uniform_(-0.15, 0.15)  # in half images: 2 pixels
-    cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack([torch.stack([cos * scale[:, 0], (shear - sin) * scale[:, 1], shift[:, 0]], 1),
-                         torch.stack([sin * scale[:, 0], cos * scale[:, 1], shift[:, 1]], 1)], 1).to(x.device)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    channels = torch.rand(b, 3).argsort(1).to(x.device)
+    count, device = len(x), x.device
+    x = random_affine(x, zoom=(0.9, 1.15), stretch=0.2, degrees=15, shear=0.2, shift=0.15)
+    channels = torch.rand(count, 3, device=device).argsort(dim=1)
     x = x.gather(1, channels[:, :, None, None].expand_as(x))
-    contrast = torch.empty(b).uniform_(0.7, 1.3) * (torch.randint(2, (b,)) * 2 - 1)
-    brightness = torch.empty(b).uniform_(-0.2, 0.2)
-    return (x * contrast.to(x.device)[:, None, None, None] + brightness.to(x.device)[:, None, None, None]).clamp(-1, 1)
+    polarity = torch.randint(2, (count, 1, 1, 1), device=device) * 2 - 1
+    x = x * polarity * uniform(0.7, 1.3, count, device) + uniform(-0.2, 0.2, count, device)
+    return x.clamp(-1, 1)
 
 
 def train(data_dir, checkpoint, device, epochs, seed, batch_size=128, lr=3e-3):
-    """Trains on MNIST-M's training split, prints the validation accuracy per epoch, saves the averaged weights."""
+    """Trains on MNIST-M's training split, prints the validation accuracy per epoch, saves the EMA of the weights."""
     images, labels, _ = load_split(data_dir, "mnistm", "train")
     validation_images, validation_labels, _ = load_split(data_dir, "mnistm", "val")
     batch_size = min(batch_size, len(images))
     images, labels = images.to(device), labels.to(device)
     seed_all(seed)
-    model, averaged = Classifier().to(device), Classifier().to(device).eval()
-    ema = EMA(model, 0.999)
+    model = Classifier().to(device)
+    ema = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
-    steps = epochs * (len(images) // batch_size)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    per_epoch = len(images) // batch_size
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * per_epoch, pct_start=0.1)
     for epoch in range(epochs):
         start, order = time.time(), torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(images)))
-        for batch in order.split(batch_size)[:len(images) // batch_size]:
+        for step, batch in enumerate(order.split(batch_size)[:per_epoch], start=epoch * per_epoch):
             batch = batch.to(device)
             loss = F.cross_entropy(model(augment(normalise(images[batch]))), labels[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             scheduler.step()
-            ema.update(model)
-        averaged.load_state_dict(ema.shadow)
-        accuracy = (classify(averaged, validation_images, device)[1] == validation_labels).float().mean().item()
+            average(ema, model, ema_decay(0.999, step))
+        accuracy = (classify(ema, validation_images, device)[1] == validation_labels).float().mean().item()
         print(f"epoch {epoch + 1}/{epochs}: loss of the last step {loss.item():.3f}, validation accuracy "
               f"{100 * accuracy:.2f} %, {time.time() - start:.0f} s", flush=True)
         if not math.isfinite(loss.item()):
             raise UserError("the loss is not finite; take another --seed")
-    save_checkpoint(checkpoint, state_dict=ema.shadow)
+    buffer = io.BytesIO()
+    torch.save({"state_dict": ema.state_dict()}, buffer)
+    write_atomic(checkpoint, buffer.getvalue())
 
 
 def main():
     parser = argument_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--folder", type=Path, help="folder of images to grade")
-    what.add_argument("--train", type=Path, metavar="DATA_DIR", help="train on the data set in this folder (hw2_data)")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "Classifier.pth", help="the weights to use or to write")
+    what.add_argument("--folder", type=nonempty_path, help="folder of images to grade")
+    what.add_argument("--train", type=nonempty_path, metavar="DATA_DIR",
+                      help="train on the data set in this folder (hw2_data)")
+    parser.add_argument("--checkpoint", type=nonempty_path, default=ROOT / "Classifier.pth",
+                        help="the weights to use or to write")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--epochs", type=int_at_least(1), default=60, help="with --train: passes over the training images")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="with --train: seed of weights, order and augmentation")
+    parser.add_argument("--epochs", type=int_at_least(1), default=60,
+                        help="with --train: passes over the training images")
+    parser.add_argument("--seed", type=int_at_least(0), default=0,
+                        help="with --train: seed of weights, order and augmentation")
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.train:
-        if args.checkpoint.is_dir():
-            raise UserError(f"--checkpoint {args.checkpoint} is a folder; name a file in it")
-        make_output_dir(args.checkpoint.parent)
+        check_output_file(args.checkpoint)
         train(args.train, args.checkpoint, device, args.epochs, args.seed)
     else:
-        model, (images, labels) = load_classifier(args.checkpoint, device), read_drawn(args.folder)
+        model, (images, labels) = load_classifier(args.checkpoint, device), read_generated(args.folder)
         correct, total = (classify(model, images, device)[1] == labels).sum().item(), len(labels)
         print(f"acc = {correct / total} (correct/total = {correct}/{total})")
 

@@ -100,18 +100,34 @@ def save_checkpoint(path, **content):
 # --- Reading ------------------------------------------------------------------------------------
 
 def load_torch(path, what="file"):
-    """torch.load on the CPU without running code from the file; UserError when it cannot be read."""
+    """torch.load on the CPU without running code from the file.
+
+    UserError when it cannot be read, or holds tensors that cannot be computed with: sparse ones, or without values.
+    """
     if not Path(path).is_file():
         raise UserError(f"there is no {what} {path}; check the path, or run 'bash hw2_download.sh' if it is one of "
                         "this repository's checkpoints")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about how it reads
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except Exception as error:  # zip, pickle and torch raise a dozen types on damaged or foreign files
         raise UserError(f"the {what} {path} {_unreadable(path, error)}")
+    odd = _odd_tensor(content)
+    if odd:
+        raise UserError(f"the {what} {path} holds a tensor {odd}; save ordinary tensors in it")
+    return content
+
+
+def _odd_tensor(content):
+    """How a tensor in the nested `content` is not one of plain values in memory; '' when all are."""
+    if torch.is_tensor(content):
+        return ("without values (on the meta device)" if content.is_meta else
+                "" if content.layout == torch.strided else f"of the layout {content.layout}")
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return next(filter(None, map(_odd_tensor, values)), "")
 
 
 def _unreadable(path, error):
@@ -143,7 +159,10 @@ def load_checkpoint(path, kind, keys):
 
 
 def load_weights(model, state_dict, path):
-    """Loads `state_dict`, which was read from `path`, into `model`; UserError when it does not fit or holds NaN."""
+    """Loads `state_dict`, which was read from `path`, into `model`; UserError when it does not fit or holds NaN.
+
+    A model on the meta device, made as shapes alone, gets its memory once it is known that the weights fit.
+    """
     found, expected = ({name: tuple(value.shape) for name, value in state.items()}
                        for state in (state_dict, model.state_dict()))
     wrong = [f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}"
@@ -155,14 +174,17 @@ def load_weights(model, state_dict, path):
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"the weights in {path} hold NaN or infinity ({name}): the training diverged; "
                             "name another checkpoint")
+    if any(value.is_meta for value in model.state_dict().values()):
+        model.to_empty(device="cpu")
     model.load_state_dict(state_dict)
 
 
-def find_weights(content, names, path):
+def find_weights(content, names, path, optional=()):
     """The state dict in `content`, what torch.load read from `path`, whose names are `names`, however it is wrapped.
 
     Looks into dicts within dicts (state_dict, model, ema, net, ...) and behind any prefix of the names (module.,
-    _orig_mod., model., ...), for averaged weights first. Where at least half of the names fit, the nearest is returned,
+    _orig_mod., model., ...), for averaged weights first; the `optional` among the names, such as constants that an
+    average of the parameters leaves out, may be missing. Where at least half of the names fit, the nearest is returned,
     for load_weights to say how it differs; else UserError tells what the file holds.
     """
     names, nearest = set(names), {}
@@ -170,7 +192,7 @@ def find_weights(content, names, path):
         prefixes = {key[:-len(name)] for key in weights for name in names if key.endswith(name)}
         for prefix in sorted(prefixes, key=lambda prefix: ("ema" not in prefix, prefix)):
             inside = {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
-            if inside.keys() == names:
+            if names.difference(optional) <= inside.keys() <= names:
                 return inside
             if len(inside.keys() & names) > len(nearest.keys() & names):
                 nearest = inside

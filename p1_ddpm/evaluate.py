@@ -1,11 +1,12 @@
-"""Judges a folder of drawn digits: are they right, like real ones, varied, and not copies?
+"""Judges a folder of generated digits: are they right, faithful to real ones, varied, and not copies?
 
     python3 p1_ddpm/evaluate.py out_dir [--data_dir hw2_data]
 
 - accuracy per digit by digit_classifier.py's network;
-- the Frechet distance between drawn and real validation digits in that network's 64 penultimate features
-  (Heusel et al. 2017, equation 6). Its floor is the same distance for as many real training digits, with as
-  many of each class, averaged over ten draws of them: even real digits do not reach 0 in a finite sample;
+- fidelity: the Frechet distance between generated and real validation digits (Heusel et al. 2017, equation 6), as in
+  FID but in that network's 64 penultimate features. Even real digits do not reach 0 in a finite sample, so it is told
+  as a ratio to its floor: the same distance for as many real training digits, with as many of each class, averaged
+  over ten draws of them;
 - diversity: the mean pairwise distance of the images of a class, divided by that of real validation digits;
 - the distance of each image to its nearest neighbour among the training images, beside the same for real
   validation digits: a model that copies its training images would be far closer to them.
@@ -16,15 +17,16 @@ Distances between images are root mean squares over pixels in [0, 255]. Takes ab
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset import load_split  # noqa: E402
-from digit_classifier import classify, load_classifier, read_drawn  # noqa: E402
-from utils import UserError, argument_parser, run  # noqa: E402
+from utils import UserError, argument_parser, nonempty_path, run
+
+import numpy as np
+import torch
+
+from dataset import load_split
+from digit_classifier import classify, load_classifier, read_generated
 
 
 def frechet_distance(a, b):
@@ -42,7 +44,7 @@ def rms_distances(a, b):
 
 
 def as_rows(images):
-    """uint8 images (N, 3, 28, 28) as a float tensor (N, 2352)."""
+    """uint8 images (N, C, H, W) as a float tensor (N, C H W)."""
     return images.flatten(1).float()
 
 
@@ -59,7 +61,7 @@ def same_class_draw(labels, wanted, rng):
 
 
 class Judge:
-    """The real digits and the classifier, loaded once; call it with drawn images and their labels."""
+    """The real digits and the classifier, loaded once; call it with generated images and their labels."""
 
     def __init__(self, data_dir, classifier=ROOT / "Classifier.pth"):
         self.classifier = load_classifier(classifier)
@@ -80,18 +82,17 @@ class Judge:
         features, predicted = classify(self.classifier, images)
         right = (predicted == labels).float()
         digits = labels.unique().tolist()
-        floor, floor_deviation = self.floor(labels)
+        floor, floor_std = self.floor(labels)
         measures = dict(
             images=len(images), accuracy=right.mean().item(),
             accuracy_per_digit={d: right[labels == d].mean().item() for d in digits},
-            frechet=frechet_distance(features, self.val_features), frechet_floor=floor,
-            frechet_floor_deviation=floor_deviation,
+            frechet=frechet_distance(features, self.val_features), frechet_floor=floor, frechet_floor_std=floor_std,
             diversity={d: diversity(images[labels == d]) / diversity(self.val_images[self.val_labels == d])
                        for d in digits if (labels == d).sum() > 1})
         if neighbours:
             rng = np.random.default_rng(0)
             real = self.val_images[same_class_draw(self.val_labels, labels, rng)]
-            measures["nearest_drawn"] = self.nearest(images)
+            measures["nearest_generated"] = self.nearest(images)
             measures["nearest_real"] = self.nearest(real)
         return measures
 
@@ -115,22 +116,24 @@ def report(measures):
     lines = [f"images            {measures['images']}",
              f"accuracy          {total['accuracy']:.4g} %   per digit {per_digit}",
              f"Frechet distance  {total['frechet']:.3f}   real digits {measures['frechet_floor']:.3f} +- "
-             f"{measures['frechet_floor_deviation']:.3f}   ratio {total['frechet_ratio']:.2f}",
+             f"{measures['frechet_floor_std']:.3f}   ratio {total['frechet_ratio']:.2f}",
              f"diversity         {total['diversity']:.3f} of real digits'   per digit "
              + " ".join(f"{d}: {r:.2f}" for d, r in measures["diversity"].items())]
-    drawn, real = measures["nearest_drawn"], measures["nearest_real"]
-    lines.append(f"nearest training image, rms in grey levels: median {drawn.median():.1f}, smallest {drawn.min():.1f}; "
-                 f"real validation digits: median {real.median():.1f}, smallest {real.min():.1f}")
+    generated, real = measures["nearest_generated"], measures["nearest_real"]
+    lines.append(f"nearest training image, root mean square in grey levels: median {generated.median():.1f}, "
+                 f"smallest {generated.min():.1f}; real validation digits: median {real.median():.1f}, "
+                 f"smallest {real.min():.1f}")
     return "\n".join(lines)
 
 
 def main():
     parser = argument_parser(__doc__)
-    parser.add_argument("folder", type=Path, help="images whose names begin with their digit")
-    parser.add_argument("--data_dir", type=Path, default=ROOT / "hw2_data", help="the data set's folder")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "Classifier.pth", help="the classifier's weights")
+    parser.add_argument("folder", type=nonempty_path, help="images whose names begin with their digit")
+    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
+    parser.add_argument("--checkpoint", type=nonempty_path, default=ROOT / "Classifier.pth",
+                        help="the classifier's weights")
     args = parser.parse_args()
-    images, labels = read_drawn(args.folder)
+    images, labels = read_generated(args.folder)
     if labels.bincount().max() < 2:
         raise UserError(f"{args.folder} must hold several images of a digit, named such as 7_001.png and 7_002.png")
     print(report(Judge(args.data_dir, args.checkpoint)(images, labels)))

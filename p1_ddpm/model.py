@@ -1,8 +1,8 @@
 """The conditional network of problem 1, v(x_t, t, y): a compact UNet (Ho et al. 2020, appendix B).
 
-It works on patches: a 28x28 RGB image becomes a 14x14 map of 2x2 patches with 12 channels and back
-(space to depth), which costs a quarter of a UNet at full resolution and shows no seams. Time and class
-enter every residual block through adaptive group normalisation (Dhariwal & Nichol 2021, section 3.1).
+It works on patches: with 2x2 patches a 28x28 RGB image becomes a 14x14 map with 12 channels and back (space to depth),
+which costs a quarter of a UNet at full resolution and shows no seams. Time and condition enter every residual block
+through adaptive group normalisation (Dhariwal & Nichol 2021, section 3.1).
 """
 
 import math
@@ -10,6 +10,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from files import load_checkpoint, load_weights
+from p1_ddpm.diffusion import noise_schedule
+from utils import UserError
 
 
 def timestep_embedding(t, width):
@@ -60,26 +64,34 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """v(x_t, t, y) with two resolutions, 14x14 and 7x7; attention at the lower one.
+    """v(x_t, t, y) on maps of patches at two resolutions, the lower one half as fine and with attention.
 
-    channels: widths of the two resolutions. blocks: residual blocks per resolution and way. Labels are 0 ... 9;
-    null_label stands for "no label" (classifier-free guidance, Ho & Salimans 2022).
+    channels: widths of the two resolutions, multiples of 8. blocks: residual blocks per resolution and way.
+    condition: what y is. "class": one of num_classes labels, int64 (B,), or num_classes itself for "no label";
+    "set": any of them together, float (B, num_classes) of zeros and ones, all zeros for "no label".
+    image_size: side of the images, a multiple of 2 patch. ValueError when one of these does not fit.
     """
 
-    patch, null_label = 2, 10
-
-    def __init__(self, channels, blocks=1, dropout=0.0):
+    def __init__(self, channels, blocks=1, dropout=0.0, num_classes=10, condition="class", patch=2, image_channels=3,
+                 image_size=28):
         super().__init__()
         high, low = channels
-        embedding = 4 * high
-        self.width = high
+        if image_size % (2 * patch):
+            raise ValueError(f"images of side {image_size} do not halve into patches of {patch} at two resolutions")
+        if condition not in ("class", "set"):
+            raise ValueError(f"unknown kind of condition {condition!r}")
+        self.num_classes, self.condition, self.patch = num_classes, condition, patch
+        self.image_shape = (image_channels, image_size, image_size)
+        self.width, embedding = high, 4 * high
         self.time = nn.Sequential(nn.Linear(high, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        self.label = nn.Embedding(self.null_label + 1, embedding)
+        self.label = (nn.Embedding(num_classes + 1, embedding) if condition == "class"
+                      else nn.Linear(num_classes, embedding, bias=False))
 
         def residual(in_channels, out_channels):
             return ResidualBlock(in_channels, out_channels, embedding, dropout)
 
-        self.first = nn.Conv2d(3 * self.patch**2, high, 3, padding=1)
+        depth = image_channels * patch**2
+        self.first = nn.Conv2d(depth, high, 3, padding=1)
         self.down_high = nn.ModuleList([residual(high, high) for _ in range(blocks)])
         self.downsample = nn.Conv2d(high, low, 3, stride=2, padding=1)
         self.down_low = nn.ModuleList([residual(low, low) for _ in range(blocks)])
@@ -87,12 +99,16 @@ class UNet(nn.Module):
         self.up_low = nn.ModuleList([residual(2 * low, low) for _ in range(blocks)])
         self.upsample = nn.Conv2d(low, high, 3, padding=1)
         self.up_high = nn.ModuleList([residual(2 * high, high) for _ in range(blocks)])
-        self.last = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 3 * self.patch**2, 3, padding=1))
+        self.last = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, depth, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
 
-    def forward(self, x, t, label):
-        """v for noisy images x (B, 3, 28, 28) at steps t (B,) in 1 ... T with labels (B,); float32."""
-        embedding = F.silu(self.time(timestep_embedding(t, self.width)) + self.label(label))
+    def null(self, condition):
+        """The condition of the same shape that says "no label" (classifier-free guidance, Ho & Salimans 2022)."""
+        return torch.full_like(condition, self.num_classes if self.condition == "class" else 0)
+
+    def forward(self, x, t, condition):
+        """v, float32, for noisy images x (B, C, H, W) at timesteps t (B,) in 1 ... T under their conditions."""
+        embedding = F.silu(self.time(timestep_embedding(t, self.width)) + self.label(condition))
         h = self.first(F.pixel_unshuffle(x, self.patch))
         skips = []
         for block in self.down_high:
@@ -111,3 +127,19 @@ class UNet(nn.Module):
         for block in self.up_high:
             h = block(torch.cat([h, skips.pop()], dim=1), embedding)
         return F.pixel_shuffle(self.last(h), self.patch).float()
+
+
+def load_model(path, device="cpu", weights="ema"):
+    """(network in evaluation mode, alphas_cumprod) of a checkpoint of train.py; UserError when it does not hold them.
+
+    weights: 'ema', or 'model', those of the last training step, which only a last.pt holds.
+    """
+    checkpoint = load_checkpoint(path, "p1_ddpm", ["config", weights])
+    try:
+        model = UNet(**checkpoint["config"]["network"])
+        alphas_cumprod = noise_schedule(**checkpoint["config"]["schedule"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint {path} does not describe a network and a schedule ({error}); fetch it again")
+    load_weights(model, checkpoint[weights], path)
+    # The layout in which convolutions are fastest on a CPU.
+    return model.to(device, memory_format=torch.channels_last).eval(), alphas_cumprod

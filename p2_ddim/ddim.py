@@ -3,7 +3,8 @@
 The conventions are those behind the images of a public solution that meet the course's ground truth to 0.007 (mean
 squared error on 0-255); each has its reason beside it. With numbers of steps that divide 1,000 they are those of
 diffusers' DDIMScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=True,
-set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading").
+set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"). They are why this chapter has a sampler of its own:
+the one of p1_ddpm ends at the image itself and goes on with the eps that the clamped x0 implies.
 """
 
 import math
@@ -15,13 +16,23 @@ from utils import beta_scheduler, randn, to_uint8
 T = 1000
 
 
-def alphas_cumprod():
-    """alpha_bar_t for t = 0 ... 999, float64 (1000,): float32 products would drift over a thousand factors."""
+def noise_schedule():
+    """alphas_cumprod: alpha_bar_t for t = 0 ... 999, float64 (1000,); float32 products would drift over T factors."""
     return torch.cumprod(1 - beta_scheduler(T), dim=0)
 
 
+def ddpm_loss(model, x0, t, noise, alphas_cumprod):
+    """Algorithm 1 of Ho et al. 2020: mean squared error (B,) of the predicted noise.
+
+    x0 and noise (B, C, H, W), x0 in [-1, 1]; t int64 (B,), 0 ... T - 1; alphas_cumprod float64 (T,).
+    """
+    alpha_bar = alphas_cumprod[t][:, None, None, None]
+    x_t = alpha_bar.sqrt().float() * x0 + (1 - alpha_bar).sqrt().float() * noise
+    return (model(x_t, t).float() - noise).square().mean(dim=(1, 2, 3))
+
+
 def timesteps(steps=50):
-    """The step numbers that the sampler visits, from noise to image: 981, 961, ..., 21, 1 for 50 steps.
+    """The timesteps that the sampler visits, from noise to image: 981, 961, ..., 21, 1 for 50 steps.
 
     tau_i = floor(i T / steps) + 1, the paper's linear choice (appendix D.2) shifted by one, so that the last
     call of the network is at t = 1 and not at t = 0. T steps visit 999 ... 1: there is no t = 1000.
@@ -32,37 +43,42 @@ def timesteps(steps=50):
 
 
 @torch.no_grad()
-def sample(model, noise, steps=50, eta=0.0, generators=None, on_step=None):
-    """Images from noise by equation (12) of the paper.
+def ddim(model, noise, steps=50, eta=0.0, generators=None):
+    """Goes from noise to images by equation (12) of the paper, and yields (t, x, x0) after each step.
 
     model(x, t) predicts the noise in x; noise is x_T, of shape (B, C, H, W). With eta > 0 `generators` holds one
     generator for each image (utils.image_generators), so an image does not depend on its batch; eta = 1 is DDPM.
-    on_step(t, x, x0), if given, is called after every step with the new x and the x0 predicted before it.
-    Returns x_0 of noise's shape, about [-1, 1].
+    Yielded are the timestep that the network saw, what the step led to, and the x0 that was predicted in it; the last
+    x is the images, about [-1, 1]. ValueError for an eta or a number of steps out of range.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM); got {eta}")
     if eta > 0 and (generators is None or len(generators) != len(noise)):
         raise ValueError("eta > 0 adds noise at every step: give one generator for each image")
-    alpha_bar = alphas_cumprod().tolist()
+    alphas_cumprod = noise_schedule().tolist()
     visited = timesteps(steps)
     x = noise
     # The last step goes to alpha_bar_0 = 0.9999, not to 1: the course's images keep that last bit of noise.
     for t, t_prev in zip(visited, visited[1:] + [0]):
         # t counts from 0 here: alpha_bar_0 is already one beta away from the image.
-        ab, ab_prev = alpha_bar[t], alpha_bar[t_prev]
-        # The network was trained on raw step numbers, not on t / T.
+        alpha_bar, alpha_bar_prev = alphas_cumprod[t], alphas_cumprod[t_prev]
+        # The network was trained on raw timesteps, not on t / T.
         eps = model(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
-        # Clamping keeps x0 an image: early on, dividing by sqrt(ab) = 0.0076 magnifies every error of eps.
-        x0 = ((x - math.sqrt(1 - ab) * eps) / math.sqrt(ab)).clamp(-1, 1)
+        # Clamping keeps x0 an image: early on, dividing by sqrt(alpha_bar) = 0.0076 magnifies every error of eps.
+        x0 = ((x - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)).clamp(-1, 1)
         # Equation (16): with eta = 1 the variance of the DDPM's posterior.
-        sigma = eta * math.sqrt((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev))
+        sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev))
         # The direction back to x_t is the network's own eps, not one recomputed from the clamped x0.
-        x = math.sqrt(ab_prev) * x0 + math.sqrt(1 - ab_prev - sigma ** 2) * eps
+        x = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev - sigma ** 2) * eps
         if eta > 0:
             x = x + sigma * randn(generators, x.shape[1:], x.device)
-        if on_step:
-            on_step(t, x, x0)
+        yield t, x, x0
+
+
+def sample(model, noise, steps=50, eta=0.0, generators=None):
+    """The images that `ddim` ends with, of noise's shape."""
+    for _, x, _ in ddim(model, noise, steps, eta, generators):
+        pass
     return x
 
 

@@ -1,20 +1,22 @@
-"""Compares drawn faces with the ground truth: mean squared error on the 0-255 scale, as the grading does.
+"""Compares generated faces with the ground truth: mean squared error on the 0-255 scale, as the grading does.
 
     python3 p2_ddim/evaluate.py out hw2_data/face/GT
 
 The grading asks for a mean below 20; the best public solution's images have 0.007 with the course's UNet.pt. The exit
-status is 1 when the mean exceeds --baseline or a ground truth has no drawn image.
+status is 1 when the mean exceeds --baseline or a ground truth has no generated image.
 """
 
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, argument_parser, float_between, nonempty_path, run
+
 import numpy as np
-from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from utils import UserError, argument_parser, float_between, run  # noqa: E402
+from dataset import read_rgb
 
 
 def read_images(folder):
@@ -24,15 +26,10 @@ def read_images(folder):
     """
     if not Path(folder).is_dir():
         raise UserError(f"there is no folder {folder}; name one that holds PNG images")
-    images = {}
-    for path in sorted(p for p in Path(folder).glob("*.png") if not p.name.startswith(".")):
-        try:
-            images[path.name] = np.asarray(Image.open(path).convert("RGB"), np.float64)
-        except Exception:  # Pillow raises OSError, SyntaxError and others on a damaged file
-            raise UserError(f"the image {path} is damaged; draw it again")
-    if not images:
+    paths = sorted(path for path in Path(folder).glob("*.png") if not path.name.startswith("."))
+    if not paths:
         raise UserError(f"there are no PNG images in {folder}; name another folder")
-    return images
+    return {path.name: np.asarray(read_rgb(path), np.float64) for path in paths}
 
 
 def mean_squared_errors(images, truths):
@@ -48,8 +45,8 @@ def mean_squared_errors(images, truths):
 
 def main():
     parser = argument_parser(__doc__)
-    parser.add_argument("output_dir", type=Path, help="folder of the drawn images")
-    parser.add_argument("truth_dir", type=Path, help="folder of the ground truth")
+    parser.add_argument("output_dir", type=nonempty_path, help="folder of the generated images")
+    parser.add_argument("truth_dir", type=nonempty_path, help="folder of the ground truth")
     parser.add_argument("--baseline", type=float_between(0), default=20.0, help="highest mean MSE that passes")
     args = parser.parse_args()
     images, truths = read_images(args.output_dir), read_images(args.truth_dir)

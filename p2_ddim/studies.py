@@ -1,11 +1,11 @@
-"""The studies of problem 2, as functions that the report draws: eta, slerp against lerp, the number of steps.
+"""The studies of problem 2, as functions for the report: eta, slerp against lerp, the number of steps.
 
 model is a UNet in evaluation mode, a noise is (1, 3, H, W) on the model's device. Images are uint8.
 """
 
 import torch
 
-from p2_ddim.ddim import alphas_cumprod, lerp, sample, slerp, stretch
+from p2_ddim.ddim import lerp, noise_schedule, sample, slerp, stretch
 from utils import image_generators
 
 ALPHAS = [i / 10 for i in range(11)]
@@ -40,11 +40,11 @@ def consistent(model):
     The course's convention clamps x0 and goes on with the network's own eps. Where the clamp acts, x0 and eps then no
     longer make up x_t, and the sampler no longer solves the differential equation of DDIM; with this network it does.
     """
-    alpha_bar = alphas_cumprod()
+    alphas_cumprod = noise_schedule()
 
     def eps_of_clamped_x0(x, t):
-        ab = alpha_bar[t[0]].item()
-        signal, noise = ab ** 0.5, (1 - ab) ** 0.5
+        alpha_bar = alphas_cumprod[t[0]].item()
+        signal, noise = alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5
         x0 = ((x - noise * model(x, t)) / signal).clamp(-1, 1)
         return (x - signal * x0) / noise
     return eps_of_clamped_x0

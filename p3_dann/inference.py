@@ -5,7 +5,8 @@
     python3 p3_dann/inference.py TEST_DIR PRED_CSV --checkpoint MODEL   # with a model.pt of your own
 
 Which network answers depends on the domain of the images: the last component of TEST_DIR's path that names one
-(svhn, usps or mnistm, in any case), or else the images: grey ones are USPS, coloured ones SVHN.
+(svhn, usps or mnistm, in any case), or else the images: grey ones are USPS, coloured ones SVHN. Coloured images are
+never USPS, whatever the path says; where the path names another domain and the images are grey, a warning says so.
 
 A prediction averages over three views of the image. Every image file gets one answer; one that cannot be read gets
 the commonest answer of the others and a warning.
@@ -18,25 +19,30 @@ import re
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import argument_parser, int_at_least, nonempty_path, pick_device, run
+
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataset import DOMAINS, list_images, read_images
+from files import check_output_file, write_atomic
+from p3_dann.methods import PAIRS, predicted_domain, run_name
+from p3_dann.model import load_model
+from p3_dann.prediction import predict
 
-from dataset import DOMAINS, list_images, read_images  # noqa: E402
-from p3_dann.model import load_model, predict  # noqa: E402
-from utils import (UserError, argument_parser, int_at_least, make_output_dir, pick_device, run,  # noqa: E402
-                   write_atomic)
-
-CHECKPOINTS = {domain: Path(__file__).parent / "checkpoints" / name for domain, name in dict(
-    svhn="mnistm_svhn_dann.pt", usps="mnistm_usps_dann.pt", mnistm="mnistm_source.pt").items()}
+# {domain: the network that answers for it}; the one for mnistm has learned it with labels.
+CHECKPOINTS = {target: ROOT / f"p3_dann/checkpoints/{run_name('dann', source, target)}.pt" for source, target in PAIRS}
+CHECKPOINTS["mnistm"] = ROOT / f"p3_dann/checkpoints/{run_name('source_only', *PAIRS[0])}.pt"
 
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("test_dir", type=Path, help="folder of images")
-    parser.add_argument("pred_csv", type=Path, help="the CSV file to write: image_name,label")
+    parser.add_argument("test_dir", type=nonempty_path, help="folder of images")
+    parser.add_argument("pred_csv", type=nonempty_path, help="the CSV file to write: image_name,label")
     parser.add_argument("--target", choices=["auto", *DOMAINS], default="auto", help="what the images are")
-    parser.add_argument("--checkpoint", type=Path, help="a model.pt of train.py, whatever the target")
+    parser.add_argument("--checkpoint", type=nonempty_path, help="a model.pt of train.py, whatever the target")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--batch_size", type=int_at_least(1), default=100, help="images at once; changes no answer")
     return parser.parse_args()
@@ -53,23 +59,41 @@ def target_from_path(path):
 
 
 def target_from_images(images):
-    """'usps' when the typical image of uint8 (N, 3, H, W) is grey, else (or when there is none) 'svhn'.
+    """'usps' when the typical image of uint8 (N, 3, H, W) is grey, else 'svhn'; looks at 200 of them at most.
 
     Grey: the channels differ by at most 2 levels on average (a JPEG of a grey image need not have equal channels).
     That is 0 for a USPS image, and below 2 for no SVHN image that was looked at; the median forgives exceptions.
     """
-    spread = (images.amax(dim=1).float() - images.amin(dim=1).float()).mean(dim=(1, 2))
-    return "usps" if len(images) and spread.median() <= 2 else "svhn"
+    images = images[::math.ceil(len(images) / 200)].float()
+    spread = (images.amax(dim=1) - images.amin(dim=1)).mean(dim=(1, 2))
+    return "usps" if spread.median() <= 2 else "svhn"
 
 
-def read(paths, warn=False):
-    """(uint8 images (N, 3, 28, 28), bool (N,): which could be read); the others are black."""
+def find_target(path, images):
+    """(the domain of the `images` in the folder `path`, why); says on stderr where these two disagree."""
+    named, looks = target_from_path(path), target_from_images(images)
+    if named is None:
+        return looks, "by its colours, as the path names no domain"
+    if named == "usps" and looks != "usps":
+        print(f"warning: the path {path} names usps, but the images are coloured, as USPS never is: they are taken to "
+              f"be {looks}; if that is wrong, say --target", file=sys.stderr)
+        return looks, "by its colours, against the path"
+    if named != "usps" and looks == "usps":
+        print(f"warning: the path {path} names {named}, but the images are grey, as USPS is: if they are, say "
+              "--target usps", file=sys.stderr)
+    return named, "named by the path"
+
+
+def read(paths):
+    """(uint8 images (N, 3, 28, 28), bool (N,): which could be read); the others are black, and said on stderr.
+
+    UserError when none can be read.
+    """
     readable = torch.ones(len(paths), dtype=torch.bool)
 
     def report(index, error):
         readable[index] = False
-        if warn:
-            print(f"warning: {error}; until then its answer is the commonest one", file=sys.stderr)
+        print(f"warning: {error}; until then its answer is the commonest one", file=sys.stderr)
 
     return read_images(paths, on_error=report), readable
 
@@ -87,26 +111,19 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     names = list_images(args.test_dir)
-    if args.pred_csv.is_dir():
-        raise UserError(f"the output path {args.pred_csv} is a folder; name a CSV file")
-    make_output_dir(args.pred_csv.parent)
-
+    check_output_file(args.pred_csv)
+    if args.checkpoint:
+        load_model(args.checkpoint)  # a mistake is told before the images are read
+    images, readable = read([args.test_dir / name for name in names])
     if args.checkpoint:
         checkpoint, reason = args.checkpoint, "its network was asked for"
     else:
-        target, reason = args.target, "as asked"
-        if target == "auto":
-            target, reason = target_from_path(args.test_dir), "named by the path"
-        if target is None:
-            sample = [args.test_dir / name for name in names[::math.ceil(len(names) / 200)]]
-            images, readable = read(sample)
-            target, reason = target_from_images(images[readable]), "by its colours, as the path names no domain"
+        auto = args.target == "auto"
+        target, reason = find_target(args.test_dir, images[readable]) if auto else (args.target, "as asked")
         checkpoint = CHECKPOINTS[target]
     model, recipe = load_model(checkpoint, device)
-    domain = recipe["source" if recipe["mode"] == "source" else "target"]
-    print(f"{len(names)} images, taken to be {domain} ({reason}); network {checkpoint}")
+    print(f"{len(names)} images, taken to be {predicted_domain(recipe)} ({reason}); network {checkpoint}")
 
-    images, readable = read([args.test_dir / name for name in names], warn=True)
     labels = predict(model, images, args.batch_size).argmax(dim=1)
     labels[~readable] = labels[readable].bincount(minlength=10).argmax()
     write_predictions(args.pred_csv, names, labels.tolist())

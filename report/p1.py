@@ -1,32 +1,28 @@
 """Problem 1's part of the report: the network's drawing, digits, the reverse process, the studies."""
 
-import argparse
 import json
 
+from files import load_checkpoint, save_png
+from plots import (BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEXT_WIDTH, VERMILION, image_grid, plt, points_with_bars,
+                   save)
+from utils import UserError, image_generators, randn, to_uint8
+
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from torchvision.utils import make_grid
 
 from digit_classifier import classify
-from p1_ddpm.diffusion import SAMPLERS, guided_predictor
-from p1_ddpm.evaluate import Judge, summary
-from p1_ddpm.inference import add_sampling_arguments, check_steps, generate, load_model
-from p1_ddpm.model import Attention, ResidualBlock
-from p1_ddpm.study import FLAGS, TABLES, as_text, digest_of, means, settings
-from report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, image_grid, plt, save
-from utils import UserError, image_generators, load_checkpoint, randn, to_uint8
+from p1_ddpm.evaluate import Judge, frechet_distance, same_class_draw, summary
+from p1_ddpm.inference import Sampling, generate, sample
+from p1_ddpm.model import Attention, ResidualBlock, load_model
+from p1_ddpm.studies import DEFAULTS, FLAGS, TABLES, as_text, digest_of, means, settings
 
-SAMPLER_NAMES = {"ddpm": "Algorithm 2", "ddim": "DDIM", "dpmpp": "DPM-Solver++"}
+SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "Algorithm 2", "dpmpp": "DPM-Solver++"}
 STATES = (1000, 800, 600, 400, 200, 0)
 COLOURS = {"residual block": SKY, "attention": ORANGE, "convolution": GREY, "output": GREY}
 SHORT = {"residual block": "residual", "convolution": "conv"}
-
-
-def sampling_arguments(*flags):
-    """The Namespace of inference.py's sampling flags, at their defaults but for `flags`."""
-    parser = argparse.ArgumentParser()
-    add_sampling_arguments(parser)
-    return parser.parse_args(list(flags))
 
 
 # --- The architecture ---------------------------------------------------------------------------
@@ -56,10 +52,9 @@ def trace(model):
     watched = [(name, module) for name, module in model.named_modules()
                if isinstance(module, (ResidualBlock, Attention)) or name in ("first", "downsample", "upsample", "last")]
     handles = [module.register_forward_hook(hook(name)) for name, module in watched]
-    generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
-    model(torch.randn(1, 3, 28, 28, generator=generator).to(device), torch.tensor([500], device=device),
-          torch.tensor([7], device=device))
+    x = torch.randn(1, *model.image_shape, generator=torch.Generator().manual_seed(0))
+    model(x.to(device), torch.tensor([500], device=device), torch.tensor([7], device=device))
     for handle in handles:
         handle.remove()
     return blocks
@@ -70,30 +65,32 @@ def architecture(path, model):
     blocks = trace(model)
     sides = sorted({block["side"] for block in blocks}, reverse=True)
     place = {block["name"]: (1.2 * i, -1.5 * sides.index(block["side"])) for i, block in enumerate(blocks)}
-    figure, axes = plt.subplots(figsize=(6.7, 2.8))
+    figure, axes = plt.subplots(figsize=(TEXT_WIDTH, 2.5))
     right = 1.2 * (len(blocks) - 1)
     axes.add_patch(FancyBboxPatch((0, 1.35), right, 0.35, boxstyle="round,pad=0.1", fc=PURPLE, alpha=0.6))
-    axes.text(right / 2, 1.52, "embedding of step t + embedding of label y (one more entry: no label)", ha="center",
-              va="center", fontsize=8)
+    axes.text(right / 2, 1.52, "embedding of timestep t + embedding of label y (one entry more: no label)", ha="center",
+              va="center")
     for i, block in enumerate(blocks):
         x, y = place[block["name"]]
-        axes.add_patch(FancyBboxPatch((x - 0.43, y - 0.4), 0.86, 0.8, boxstyle="round,pad=0.05",
+        axes.add_patch(FancyBboxPatch((x - 0.43, y - 0.45), 0.86, 0.9, boxstyle="round,pad=0.05",
                                       fc=COLOURS[block["kind"]], alpha=0.8))
         text = f"{SHORT.get(block['kind'], block['kind'])}\n{block['channels'][0]}\n→ {block['channels'][1]}"
-        axes.text(x, y, text, ha="center", va="center", fontsize=6.5)
+        axes.text(x, y, text, ha="center", va="center")
         if i:
-            axes.add_patch(FancyArrowPatch(place[blocks[i - 1]["name"]], (x, y), shrinkA=15, shrinkB=15,
+            axes.add_patch(FancyArrowPatch(place[blocks[i - 1]["name"]], (x, y), shrinkA=16, shrinkB=16,
                                            arrowstyle="-|>", mutation_scale=6))
         if block["conditioned"]:
-            axes.plot([x, x], [1.25, y + 0.45], color=PURPLE, lw=1, zorder=0)
+            axes.plot([x, x], [1.25, y + 0.5], color=PURPLE, zorder=0)
         if block["skip"]:
             x0, y0 = place[block["skip"]]
-            axes.add_patch(FancyArrowPatch((x0, y0 - 0.45), (x, y - 0.45), connectionstyle="arc3,rad=0.12", ls="--",
+            axes.add_patch(FancyArrowPatch((x0, y0 - 0.5), (x, y - 0.5), connectionstyle="arc3,rad=0.12", ls="--",
                                            arrowstyle="-|>", mutation_scale=8, color=BLUE))
     for side in sides:
-        axes.text(-0.7, -1.5 * sides.index(side), f"{side}×{side}", ha="right", va="center", fontsize=8)
-    for x, text in ((0, "x: 28×28×3\nin 2×2 patches"), (right, "patches\nto v: 28×28×3")):
-        axes.text(x, -0.6, text, ha="center", va="top", fontsize=6.5)
+        axes.text(-0.7, -1.5 * sides.index(side), f"{side}×{side}", ha="right", va="center")
+    channels, height, width = model.image_shape
+    for x, text in ((0, f"x: {height}×{width}×{channels}\nin {model.patch}×{model.patch} patches"),
+                    (right, f"patches\nto v: {height}×{width}×{channels}")):
+        axes.text(x, -0.65, text, ha="center", va="top")
     axes.set(xlim=(-1.7, right + 0.8), ylim=(0.6 - 1.5 * len(sides), 1.9))
     axes.axis("off")
     save(path, figure)
@@ -102,135 +99,168 @@ def architecture(path, model):
 
 # --- Digits -------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def digits_of_same_noise(model, alphas_cumprod, device, args):
-    """uint8 (100, 3, 28, 28): row d the digit d; a column has the noise of 0_001.png, 0_002.png, ... in every row."""
+def digits_of_same_noise(model, alphas_cumprod, device):
+    """(the grid of digits, the states of its first one on the way) with the shipped setting and seed 0.
+
+    The grid: uint8 (100, 3, 28, 28), row d the digit d; a column has the noise of 0_001.png, 0_002.png, ... in every
+    row. States: {t: uint8 (3, 28, 28)} of every timestep that the sampler visits; the last one is the grid's first 0.
+    """
     labels = torch.arange(10, device=device).repeat_interleave(10)
-    noise = randn(image_generators(args.seed, range(1, 11)), (3, 28, 28), device).repeat(10, 1, 1, 1)
-    predict = guided_predictor(model, labels, model.null_label, alphas_cumprod, args.guidance, args.interval)
-    generators = image_generators(args.seed, range(100))
-    levels = check_steps(args, alphas_cumprod)
-    *_, (_, images) = SAMPLERS[args.sampler](predict, noise, levels, alphas_cumprod, generators, args.eta)
-    return to_uint8((images + 1) / 2).cpu()
+    x = randn(image_generators(DEFAULTS["seed"], range(1, 11)), model.image_shape, device).repeat(10, 1, 1, 1)
+    states = {len(alphas_cumprod) - 1: x}
+    generators = image_generators(DEFAULTS["seed"], range(100))
+    for t, x in sample(model, alphas_cumprod, labels, x, generators, Sampling()):
+        states[t] = x
+    return to_uint8((x + 1) / 2).cpu(), {t: to_uint8((x[0] + 1) / 2).cpu() for t, x in states.items()}
 
 
-def reverse_process(model, alphas_cumprod, device):
-    """The first "0" of hw2_1.sh on its way by Algorithm 2, every step of it.
+def reverse_process(path, states, alphas_cumprod):
+    """Draws six of the states of `digits_of_same_noise`, those nearest to STATES; returns their (t, image's share).
 
-    Returns uint8 (len(STATES), 3, 28, 28) and the image's share sqrt(alpha-bar_t) in each state.
+    The share is sqrt(alpha-bar_t).
     """
     total = len(alphas_cumprod) - 1
-    args = sampling_arguments("--sampler", "ddpm", "--steps", str(total))
-    keep = [t * total // 1000 for t in STATES]
-    [(_, _, states)] = generate(model, alphas_cumprod, [(0, 1)], args, device, keep)
-    return torch.cat([states[t] for t in keep]), alphas_cumprod[keep].sqrt().tolist()
+    shown = [min(states, key=lambda t: abs(1000 * t / total - wanted)) for wanted in STATES]
+    image_grid(path, torch.stack([states[t] for t in shown]), len(shown), column_names=[f"t = {t}" for t in shown],
+               width=4.5)
+    return [(t, alphas_cumprod[t].sqrt().item()) for t in shown]
 
 
 def losses(path, metrics):
-    """Draws the loss of each quarter of the noise steps over the epochs."""
+    """Draws the loss of each quarter of the timesteps over the epochs."""
     table = pd.DataFrame(metrics)
-    figure, axes = plt.subplots(figsize=(4.5, 2.6))
+    figure, axes = plt.subplots(figsize=(4.5, 1.9))
     for i, (colour, name) in enumerate(zip((GREEN, BLUE, ORANGE, VERMILION), ("first", "second", "third", "last"))):
         axes.plot(table.epoch, table.loss_quarters.str[i], color=colour, label=f"{name} quarter of t")
-    axes.plot(table.epoch, table.loss, "k--", lw=1, label="all")
+    axes.plot(table.epoch, table.loss, "k--", label="all")
     axes.set(xlabel="epoch", ylabel="mean squared error of v", yscale="log")
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     save(path, figure)
 
 
-def guidance_figure(path, study):
+# --- The studies --------------------------------------------------------------------------------
+
+def over_seeds(rows, *varying):
+    """Means over the seeds of the `rows` that differ from the shipped setting in the flags `varying` alone."""
+    fixed = {flag: value for flag, value in as_text(DEFAULTS).items()
+             if flag not in (*varying, "seed", "weights", "per_class")}
+    alike = (rows[list(fixed)] == pd.Series(fixed)).all(axis=1)
+    return means(rows[alike].drop_duplicates(FLAGS)).astype(dict(steps=int, guidance=float))
+
+
+def guidance_figure(path, rows):
     """Accuracy, Frechet ratio and diversity against the strength of guidance."""
-    rows = study[study.table == "guidance"]
-    figure, axes = plt.subplots(1, 3, figsize=(7.5, 2.1))
-    for ax, (column, name, colour) in zip(axes, (("accuracy", "accuracy, %", BLUE), ("frechet_ratio", "Fréchet ratio",
-                                                 VERMILION), ("diversity", "diversity", GREEN))):
-        ax.plot(rows.guidance.astype(float), rows[column], "o-", color=colour)
-        ax.set(xlabel="guidance", ylabel=name)
+    table = over_seeds(rows, "guidance")
+    figure, panels = plt.subplots(1, 3, figsize=(TEXT_WIDTH, 1.7))
+    for axes, (column, name, colour) in zip(panels, (("accuracy", "accuracy, %", BLUE), ("frechet_ratio",
+                                                     "Fréchet ratio", VERMILION), ("diversity", "diversity", GREEN))):
+        points_with_bars(axes, table.guidance, table[column], table[f"{column}_std"], color=colour)
+        axes.set(xlabel="guidance w", ylabel=name)
     save(path, figure)
 
 
-def steps_figure(path, study):
-    """Frechet ratio and accuracy against the number of steps, one line for each sampler."""
-    rows = study[study.table.isin(["steps", "reference"])]
-    figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.3))
-    for (name, group), colour in zip(rows.groupby("sampler"), (VERMILION, BLUE, GREEN)):
-        for ax, column in zip(axes, ("frechet_ratio", "accuracy")):
-            ax.plot(group.steps.astype(int), group[column], "o-", color=colour, label=SAMPLER_NAMES[name])
-    for ax, label in zip(axes, ("Fréchet ratio", "accuracy, %")):
-        ax.set(xlabel="steps", ylabel=label, xscale="log")
-        ticks = sorted(set(rows.steps))
-        ax.set_xticks(ticks, ticks)
-        ax.minorticks_off()
-    axes[0].legend(fontsize=7)
+def steps_figure(path, rows):
+    """Frechet ratio and diversity against the number of steps, one series for each sampler and spacing."""
+    table = over_seeds(rows, "sampler", "steps", "spacing")
+    series = [(SAMPLER_NAMES[name], name, "log_snr") for name in SAMPLER_NAMES]
+    series.append(("DDIM, equal strides in t", "ddim", "uniform"))
+    figure, panels = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 1.9))
+    for (name, sampler, spacing), colour, marker in zip(series, (BLUE, VERMILION, GREEN, ORANGE), "osD^"):
+        group = table[(table.sampler == sampler) & (table.spacing == spacing)]
+        for axes, column in zip(panels, ("frechet_ratio", "diversity")):
+            points_with_bars(axes, group.steps, group[column], group[f"{column}_std"], color=colour, marker=marker,
+                             label=name)
+    for axes, label in zip(panels, ("Fréchet ratio", "diversity")):
+        axes.set(xlabel="steps", ylabel=label, xscale="log")
+        ticks = sorted(set(table.steps))
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
+    panels[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     save(path, figure)
 
 
-# --- All of it ----------------------------------------------------------------------------------
-
-def quality(model, alphas_cumprod, args, data_dir, device, per_class):
-    """The measures of evaluate.py for the digits that hw2_1.sh draws, and of what they are judged by, as plain numbers."""
-    numbers = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
-    images = torch.cat([images for _, images, _ in generate(model, alphas_cumprod, numbers, args, device)])
-    judge = Judge(data_dir)
-    measures = judge(images, torch.tensor([digit for digit, _ in numbers]))
-    grader = (classify(judge.classifier, judge.val_images)[1] == judge.val_labels).float().mean().item()
-    return dict(summary(measures), images=len(images), frechet_floor=measures["frechet_floor"],
-                real_training=len(judge.train_images), real_validation=len(judge.val_images), grader=100 * grader,
-                nearest={kind: [measures[f"nearest_{kind}"].min().item(), measures[f"nearest_{kind}"].median().item()]
-                         for kind in ("drawn", "real")})
-
-
-def read_study(path, checkpoint, total):
-    """The rows of study.csv behind the report's tables: those of `checkpoint`, of `total` noise steps, whose flags are
-    the defaults but for what their table varies; and the rows of table ema, which are about a training.
+def read_results(path, checkpoint, timesteps):
+    """The rows of results.csv that the report shows: those of `checkpoint`, which has so many timesteps, with the
+    settings of TABLES, and those of table ema, which are about a training.
 
     UserError when a row is missing; that of table reference, which takes as long as the others together, may be.
     """
     flags = [flag for flag in FLAGS if flag != "per_class"]
-    study = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *flags], str))
-    wanted = pd.DataFrame([dict(table=table, **as_text(setting, flags)) for table in TABLES if table != "ema"
-                           for setting in settings(table, sampling_arguments(), total)])
-    rows = wanted.merge(study[study.checkpoint == digest_of(checkpoint)].drop_duplicates(["table", *flags], keep="last"),
-                        how="left")
+    results = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
+    wanted = pd.DataFrame([dict(table=table, **as_text(setting)) for table in TABLES if table != "ema"
+                           for setting in settings(table, timesteps)])[["table", *flags]]
+    own = results[results.checkpoint == digest_of(checkpoint)].drop_duplicates(["table", *flags], keep="last")
+    rows = wanted.merge(own, how="left")
     missing = set(rows[rows.accuracy.isna()].table) - {"reference"}
     if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))} for {checkpoint}; run p1_ddpm/study.py")
-    rows = pd.concat([rows.dropna(subset="accuracy"), study[study.table == "ema"]])
-    rows = rows.astype(dict(steps=int, guidance=float, seed=int))
-    return rows.sort_values(["sampler", "spacing", "steps", "guidance"], kind="stable")
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))} for {checkpoint}; run p1_ddpm/studies.py")
+    return pd.concat([rows.dropna(subset="accuracy"), results[results.table == "ema"]])
 
 
-def build(args, folder, device):
+def as_records(rows):
+    """A DataFrame of results as a list of dicts of plain values, which JSON and typst know."""
+    return json.loads(rows.astype(dict(steps=int, guidance=float)).to_json(orient="records"))
+
+
+# --- How good the images are --------------------------------------------------------------------
+
+def quality(model, alphas_cumprod, judge, device, per_class):
+    """The measures of evaluate.py for the digits of hw2_1.sh, and of what they are judged by, as plain numbers."""
+    numbers = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
+    images = torch.cat([images for _, images, _ in
+                        generate(model, alphas_cumprod, numbers, Sampling(), DEFAULTS["seed"], device)])
+    labels = torch.tensor([digit for digit, _ in numbers])
+    measures = judge(images, labels)
+    grader = (classify(judge.classifier, judge.val_images)[1] == judge.val_labels).float().mean().item()
+    return dict(summary(measures), images=len(images), frechet_floor=measures["frechet_floor"],
+                real_training=len(judge.train_images), real_validation=len(judge.val_images), grader=100 * grader,
+                damaged=damaged(judge, labels, measures["frechet_floor"]),
+                nearest={kind: [measures[f"nearest_{kind}"].min().item(), measures[f"nearest_{kind}"].median().item()]
+                         for kind in ("generated", "real")})
+
+
+def damaged(judge, labels, floor):
+    """{what was done to real training digits of these labels: their Frechet ratio}, to compare others with."""
+    rng = np.random.default_rng(0)
+    real = judge.train_images[same_class_draw(judge.train_labels, labels, rng)]
+    noise = torch.from_numpy(rng.normal(scale=8, size=tuple(real.shape)))
+    images = dict(noise=(real + noise).round().clamp(0, 255).byte(), one_pixel=real.roll(1, dims=3),
+                  two_pixels=real.roll(2, dims=3))
+    return {name: frechet_distance(classify(judge.classifier, changed)[0], judge.val_features) / floor
+            for name, changed in images.items()}
+
+
+# --- All of it ----------------------------------------------------------------------------------
+
+def build(folder, checkpoints, data_dir, device, quick):
     """Draws the figures into `folder` and returns the numbers that p1.typ shows.
 
-    Beside the checkpoint lie the record of its training, metrics.jsonl, and of its study, study.csv.
+    checkpoints: the folder of ddpm.pt, of its training's record metrics.jsonl and of its studies' results.csv.
+    quick: few images.
     """
-    checkpoint = args.p1_checkpoint
-    records = [checkpoint.parent / name for name in ("metrics.jsonl", "study.csv")]
-    for path, maker in zip(records, ("train.py", "study.py")):
-        if not path.exists():
-            raise UserError(f"there is no {path}; p1_ddpm/{maker} makes it")
-    metrics = [json.loads(line) for line in records[0].read_text().splitlines()]
+    for name, maker in ("metrics.jsonl", "train.py"), ("results.csv", "studies.py"):
+        if not (checkpoints / name).exists():
+            raise UserError(f"there is no {checkpoints / name}; p1_ddpm/{maker} makes it")
+    metrics = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
+    checkpoint = checkpoints / "ddpm.pt"
     model, alphas_cumprod = load_model(checkpoint, device)
-    study = read_study(records[1], checkpoint, len(alphas_cumprod) - 1)
-    content = load_checkpoint(checkpoint, "p1_ddpm", ["recipe", "schedule"])
-    sampling = sampling_arguments()
-    blocks = architecture(folder / "p1_architecture.png", model)
-    image_grid(folder / "p1_grid.png", digits_of_same_noise(model, alphas_cumprod, device, sampling), 10,
-               row_names=range(10), column_names=range(1, 11), scale=1.1)
-    states, signal = reverse_process(model, alphas_cumprod, device)
-    image_grid(folder / "p1_states.png", states, len(STATES), column_names=[f"t = {t}" for t in STATES], scale=1.8)
-    losses(folder / "p1_losses.png", metrics)
-    guidance_figure(folder / "p1_guidance.png", study)
-    steps_figure(folder / "p1_steps.png", study)
+    rows = read_results(checkpoints / "results.csv", checkpoint, len(alphas_cumprod) - 1)
+    content = load_checkpoint(checkpoint, "p1_ddpm", ["recipe", "config"])
+    judge = Judge(data_dir)
+    blocks = architecture(folder / "p1_architecture.svg", model)
+    grid, states = digits_of_same_noise(model, alphas_cumprod, device)
+    image_grid(folder / "p1_grid.svg", grid, 10, row_names=range(10), column_names=range(1, 11), width=4.5)
+    save_png(folder / "p1_strip.png", make_grid(grid, nrow=10, padding=1, pad_value=255))
+    shares = reverse_process(folder / "p1_states.svg", states, alphas_cumprod)
+    losses(folder / "p1_losses.svg", metrics)
+    guidance_figure(folder / "p1_guidance.svg", rows)
+    steps_figure(folder / "p1_steps.svg", rows)
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), blocks=len(blocks), epochs=metrics[-1]["epoch"],
         minutes=sum(epoch["seconds"] for epoch in metrics) / 60, loss=metrics[-1]["loss"],
-        quarters=[metrics[i]["loss_quarters"] for i in (0, -1)],
-        sampler=sampling.sampler, steps=sampling.steps, spacing=sampling.spacing, guidance=sampling.guidance,
-        interval=sampling.interval, signal=signal,
-        schedule=content["schedule"][0], noise_steps=len(alphas_cumprod) - 1, recipe=content["recipe"],
-        quality=quality(model, alphas_cumprod, sampling, args.data_dir, device, 3 if args.quick else 100),
-        study=json.loads(study.to_json(orient="records")),
-        **{table: json.loads(means(study[study.table == table]).sort_values("frechet_ratio").to_json(orient="records"))
+        quarters=[metrics[i]["loss_quarters"] for i in (0, -1)], sampling=Sampling()._asdict(), shares=shares,
+        schedule=content["config"]["schedule"], recipe=content["recipe"],
+        quality=quality(model, alphas_cumprod, judge, device, 3 if quick else 100),
+        results=as_records(rows), pooled=as_records(over_seeds(rows)),
+        **{table: as_records(means(rows[rows.table == table]).sort_values("frechet_ratio"))
            for table in ("choice", "confirm", "seeds")})

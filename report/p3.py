@@ -1,19 +1,73 @@
-"""Problem 3's part of the report: the table of experiments, t-SNE pictures, confusion matrices, training curves."""
+"""Problem 3's part of the report: the table of accuracies, t-SNE pictures, confusion matrices, training curves."""
 
 import json
 
+from dataset import DOMAIN_NAMES, load_split
+from plots import (BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, draw_digits, draw_domains, plt, point_legend, save)
+from utils import UserError
+
+import numpy as np
 import pandas as pd
 import torch
 
-from dataset import load_split
-from p3_dann.experiments import ABLATION, means
-from p3_dann.model import load_model, predict
-from p3_dann.tsne import picture, proxy_a_distance, sample_features
-from report.figures import BLUE, GREEN, ORANGE, VERMILION, plt, save
-from utils import UserError
+from p3_dann.features import embed, proxy_a_distance, sample_features
+from p3_dann.methods import PAIRS, run_name
+from p3_dann.model import load_model
+from p3_dann.prediction import predict
+from p3_dann.studies import ABLATION, means
 
-TARGETS = ("svhn", "usps")
 
+def scenario(pair):
+    """'MNIST-M → SVHN'"""
+    return " → ".join(DOMAIN_NAMES[domain] for domain in pair)
+
+
+# --- The features -------------------------------------------------------------------------------
+
+def latent_space(models, adapted, data_dir, count):
+    """t-SNE embeddings of `count` validation images of each domain of every pair, and what distances they have.
+
+    models, adapted: {pair: network before, after adaptation}. Returns {pair: dict(before, after)}, each of which is
+    (points, digits, is_target), and {pair: dict(before, statistics, after)} of proxy A-distances: `statistics` is
+    before adaptation, each domain normalised by its own statistics as it is after.
+    """
+    embeddings, distances = {}, {}
+    for pair in models:
+        samples = {name: sample_features(model[pair], data_dir, pair, own_statistics, count) for
+                   name, model, own_statistics in (("before", models, False), ("statistics", models, True),
+                                                   ("after", adapted, True))}
+        distances[pair] = {name: proxy_a_distance(*features) for name, (features, _) in samples.items()}
+        is_target = np.repeat([False, True], [len(digits) for digits in samples["before"][1]])
+        embeddings[pair] = {name: (embed(*samples[name][0]), np.concatenate(samples[name][1]), is_target)
+                            for name in ("before", "after")}
+    return embeddings, distances
+
+
+def tsne_figure(path, embeddings):
+    """A row for each pair of domains: by digit and by domain, each before and after adaptation side by side."""
+    figure, panels = plt.subplots(len(embeddings), 4, figsize=(TEXT_WIDTH, 1.55 * len(embeddings)), squeeze=False)
+    for row, (pair, embedding) in zip(panels, embeddings.items()):
+        row[0].set_ylabel(scenario(pair))
+        for i, when in enumerate(("before", "after")):
+            points, digits, is_target = embedding[when]
+            draw_digits(row[i], points, digits)
+            draw_domains(row[2 + i], points, is_target, ("source", "target"))
+    for axes, title in zip(panels[0], ("before", "after", "before", "after")):
+        axes.set_title(title)
+    point_legend(panels[0][1])
+    point_legend(panels[0][3])
+    save(path, figure)
+
+
+def strip_picture(path, embedding):
+    """One embedding by digit, without words, for the README's picture."""
+    points, digits, _ = embedding
+    figure, axes = plt.subplots(figsize=(3, 3))
+    draw_digits(axes, points, digits)
+    save(path, figure)
+
+
+# --- The answers --------------------------------------------------------------------------------
 
 def confusion_matrix(model, data_dir, domain):
     """How often each answer (columns) is given to each true digit (rows): (10, 10), on the validation images."""
@@ -23,18 +77,18 @@ def confusion_matrix(model, data_dir, domain):
 
 
 def confusion_figure(path, matrices):
-    """Draws {name: confusion matrix} side by side, in per cent of each true digit."""
-    figure, axes = plt.subplots(1, len(matrices), figsize=(6.5, 3.3))
-    for ax, (name, counts) in zip(axes, matrices.items()):
+    """Draws {pair: confusion matrix} side by side, in per cent of each true digit."""
+    figure, panels = plt.subplots(1, len(matrices), figsize=(TEXT_WIDTH, 2.7))
+    for axes, (pair, counts) in zip(panels, matrices.items()):
         shares = counts / counts.sum(dim=1, keepdim=True)
-        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        ax.grid(False)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none")
+        axes.grid(False)
         for row in range(10):
             for column in range(10):
                 share = shares[row, column].item()
-                ax.text(column, row, round(100 * share), ha="center", va="center", fontsize=6,
-                        color="white" if share > 0.5 else "black")
-        ax.set(title=name, xlabel="answer", ylabel="true digit", xticks=range(10), yticks=range(10))
+                axes.text(column, row, round(100 * share), ha="center", va="center",
+                          color="white" if share > 0.5 else "black")
+        axes.set(title=scenario(pair), xlabel="answer", ylabel="true digit", xticks=range(10), yticks=range(10))
     save(path, figure)
 
 
@@ -48,18 +102,20 @@ def mistakes(counts, worst=3):
                 pairs=[(digit, answer, wrong[digit, answer].item()) for digit, answer in pairs])
 
 
+# --- The trainings ------------------------------------------------------------------------------
+
 def training_figure(path, metrics):
-    """Losses, accuracies and lambda over the epochs of the DANN trainings: {target: rows of metrics.jsonl}."""
-    figure, axes = plt.subplots(1, len(metrics), figsize=(7.2, 2.5), sharey=True)
-    for ax, (target, rows) in zip(axes, metrics.items()):
+    """Losses, accuracies and lambda over the epochs of the trainings: {pair: rows of metrics.jsonl}."""
+    figure, panels = plt.subplots(1, len(metrics), figsize=(TEXT_WIDTH, 1.9), sharey=True)
+    for axes, (pair, rows) in zip(panels, metrics.items()):
         table = pd.DataFrame(rows)
-        for column, name, colour in (("source", "source accuracy", BLUE), ("domain", "domain accuracy", VERMILION),
-                                     ("domain_loss", "domain loss", ORANGE),
-                                     ("confident", "confident target images", GREEN)):
-            ax.plot(table.epoch, table[column], color=colour, label=name)
-        ax.plot(table.epoch, table.lambda_, "k:", label="lambda")
-        ax.set(title=f"MNIST-M to {target.upper()}", xlabel="epoch", xticks=table.epoch[1::2])
-    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        for column, name, colour in (
+                ("accuracy", "source accuracy", BLUE), ("domain_accuracy", "domain accuracy", VERMILION),
+                ("domain_loss", "domain loss", ORANGE), ("confident", "confident", GREEN)):
+            axes.plot(table.epoch, table[column], color=colour, label=name)
+        axes.plot(table.epoch, table.lambda_, "k:", label="lambda")
+        axes.set(title=scenario(pair), xlabel="epoch", xticks=table.epoch[1::2])
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     save(path, figure)
 
 
@@ -73,33 +129,34 @@ def ablation(results):
     return [(what, runs.accuracy[name], runs.one_view[name]) for what, name in names.items()]
 
 
-def build(args, folder, device):
-    """Draws the figures into `folder` and returns the numbers that p3.typ shows."""
-    path = args.p3_checkpoints / "results.csv"
-    if not path.exists():
-        raise UserError(f"there is no {path}; p3_dann/experiments.py --publish makes it")
-    results = pd.read_csv(path)
-    count = 40 if args.quick else 1000
-    matrices, metrics, distances = {}, {}, {}
-    source_model, source_recipe = load_model(args.p3_checkpoints / "mnistm_source.pt", device)
-    for target in TARGETS:
-        name = f"mnistm_{target}_dann"
-        model, recipe = load_model(args.p3_checkpoints / f"{name}.pt", device)
-        metrics[target] = [json.loads(line) for line in (args.p3_checkpoints / f"{name}.jsonl").read_text().splitlines()]
-        metrics[target] = [row for row in metrics[target] if "epoch" in row]
-        matrices[f"DANN on {target.upper()}"] = confusion_matrix(model, args.data_dir, target)
-        distances[target] = dict(
-            before=picture(folder / f"p3_tsne_{target}_before.png", source_model, source_recipe, args.data_dir,
-                           "mnistm", target, count),
-            statistics=proxy_a_distance(*sample_features(source_model, args.data_dir, ("mnistm", target), True, count)[0]),
-            after=picture(folder / f"p3_tsne_{target}.png", model, recipe, args.data_dir, "mnistm", target, count))
-    confusion_figure(folder / "p3_confusion.png", matrices)
-    training_figure(folder / "p3_training.png", metrics)
+# --- All of it ----------------------------------------------------------------------------------
+
+def build(folder, checkpoints, data_dir, device, quick):
+    """Draws the figures into `folder` and returns the numbers that p3.typ shows.
+
+    checkpoints: the folder of what p3_dann/studies.py --publish has written. quick: few images.
+    """
+    if not (checkpoints / "results.csv").exists():
+        raise UserError(f"there is no {checkpoints / 'results.csv'}; p3_dann/studies.py --publish makes it")
+    results = pd.read_csv(checkpoints / "results.csv")
+    before, after, metrics = {}, {}, {}
+    for pair in PAIRS:
+        name = run_name("dann", *pair)
+        before[pair], _ = load_model(checkpoints / f"{run_name('source_only', *pair)}.pt", device)
+        after[pair], recipe = load_model(checkpoints / f"{name}.pt", device)
+        metrics[pair] = [json.loads(line) for line in (checkpoints / f"{name}.jsonl").read_text().splitlines()]
+    embeddings, distances = latent_space(before, after, data_dir, 40 if quick else 1000)
+    tsne_figure(folder / "p3_tsne.svg", embeddings)
+    strip_picture(folder / "p3_strip.png", embeddings[PAIRS[0]]["after"])
+    matrices = {pair: confusion_matrix(model, data_dir, pair[1]) for pair, model in after.items()}
+    confusion_figure(folder / "p3_confusion.svg", matrices)
+    training_figure(folder / "p3_training.svg", metrics)
+    model = after[PAIRS[0]]
     return dict(
-        parameters=sum(p.numel() for p in model.parameters()), recipe=recipe, distances=distances,
-        widths=model.config["widths"], features=model.config["num_features"],
-        mistakes={target: mistakes(matrix) for target, matrix in zip(TARGETS, matrices.values())},
-        last={target: rows[-1] for target, rows in metrics.items()},
-        seeds=int(results[results["mode"] == "dann"].seed.nunique()),
-        validation={target: int(matrix.sum()) for target, matrix in zip(TARGETS, matrices.values())},
-        means=json.loads(means(results).to_json(orient="records")), ablation=ablation(results))
+        parameters=sum(p.numel() for p in model.parameters()), recipe=recipe, widths=model.config["widths"],
+        features=model.config["num_features"], ablation=ablation(results),
+        means=json.loads(means(results).to_json(orient="records")),
+        **{name: {pair[1]: value for pair, value in of_pair.items()} for name, of_pair in (
+            ("distances", distances), ("last", {pair: rows[-1] for pair, rows in metrics.items()}),
+            ("mistakes", {pair: mistakes(matrix) for pair, matrix in matrices.items()}),
+            ("validation", {pair: int(matrix.sum()) for pair, matrix in matrices.items()}))})

@@ -2,11 +2,13 @@
 
 import bz2
 import gzip
+import io
 import os
 import shutil
-import subprocess
+import struct
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,6 @@ import build_dataset
 import dataset
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 # --- Reading images -----------------------------------------------------------------------------
 
@@ -33,31 +33,93 @@ def rgb(grey):
     return np.stack([grey] * 3)
 
 
+def read(path):
+    return dataset.read_images([path])[0].numpy()
+
+
+def png16(values):
+    """A PNG file's bytes of 16-bit channels, values (H, W, 2, 3 or 4), which Pillow cannot write."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
 def test_every_image_mode_becomes_rgb(tmp_path):
     colour, grey = pattern((28, 28, 3)), pattern((28, 28), 1)
     colours = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90], [200, 210, 220]], np.uint8)
     palette = Image.new("P", (28, 28))
     palette.putpalette(colours.ravel().tolist())
     palette.putdata((grey // 64).ravel().tolist())
-    palette_colours = colours[grey // 64].transpose(2, 0, 1)
-    alpha = np.dstack([colour, grey])
     cases = {
         "rgb.png": (Image.fromarray(colour), colour.transpose(2, 0, 1)),
         "grey.png": (Image.fromarray(grey), rgb(grey)),
         "bits.png": (Image.fromarray(grey > 99), rgb((grey > 99) * 255)),
-        "palette.png": (palette, palette_colours),
-        "alpha.png": (Image.fromarray(alpha), colour.transpose(2, 0, 1)),
-        "grey_alpha.png": (Image.fromarray(np.dstack([grey, grey])), rgb(grey)),
-        "16bit.png": (Image.fromarray(grey.astype(np.uint16) * 256 + 77), rgb(grey)),
+        "palette.png": (palette, colours[grey // 64].transpose(2, 0, 1)),
+        "opaque.png": (Image.fromarray(np.dstack([colour, 0 * grey + 255])), colour.transpose(2, 0, 1)),
         "bitmap.bmp": (Image.fromarray(colour), colour.transpose(2, 0, 1)),
     }
     for name, (image, expected) in cases.items():
         image.save(tmp_path / name)
-        result = dataset.read_image(tmp_path / name)
-        assert result.dtype == torch.uint8 and result.shape == (3, 28, 28), name
-        assert np.array_equal(result.numpy(), expected), name
-    palette.save(tmp_path / "transparent.png", transparency=bytes([0, 255, 128, 255]))
-    assert np.array_equal(dataset.read_image(tmp_path / "transparent.png"), palette_colours)
+        result = read(tmp_path / name)
+        assert result.dtype == np.uint8 and np.array_equal(result, expected), name
+
+
+def test_greys_of_any_depth_keep_what_they_show(tmp_path):
+    """Nothing is cut off where nothing is above 255: a uint16 array of 8-bit values is what many programs save."""
+    grey = pattern((28, 28))
+    grey[0, :2] = 0, 255
+    cases = {
+        "8 in 16.png": grey.astype(np.uint16), "16.png": grey.astype(np.uint16) * 256 + 77,
+        "8 in 32.tif": grey.astype(np.int32), "16 in 32.tif": grey.astype(np.int32) * 257,
+        "24 in 32.tif": grey.astype(np.int32) << 16,
+        "shares.tif": (grey / 255).astype(np.float32), "levels.tif": grey.astype(np.float32),
+        "-1 to 1.tif": (grey / 127.5 - 1).astype(np.float32), "16.tif": grey.astype(np.float32) * 257,
+    }
+    for name, values in cases.items():
+        Image.fromarray(values).save(tmp_path / name)
+        assert np.array_equal(read(tmp_path / name), rgb(grey)), name
+    colour = np.dstack([grey, pattern((28, 28, 2), 1)]).astype(int)
+    for name, values in {"16 colour": colour * 256 + 77, "8 in 16 colour": colour,
+                         "8 in 16 opaque": np.dstack([colour, 0 * grey + 255])}.items():
+        (tmp_path / f"{name}.png").write_bytes(png16(values))
+        assert np.array_equal(read(tmp_path / f"{name}.png"), colour.transpose(2, 0, 1)), name
+    Image.fromarray(np.full((28, 28), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(UserError, match="nan.tif cannot be read .it holds NaN"):
+        read(tmp_path / "nan.tif")
+
+
+def test_what_is_drawn_in_transparency_stays_visible(tmp_path):
+    """White ink comes on black, dark ink on white; greys, colours and palettes alike."""
+    alpha = pattern((28, 28))
+    for name, ink, expected in (("white", 255, alpha), ("black", 0, 255 - alpha)):
+        Image.fromarray(np.dstack([0 * alpha + ink, alpha])).save(tmp_path / f"{name} LA.png")
+        Image.fromarray(np.dstack([0 * alpha + ink] * 3 + [alpha])).save(tmp_path / f"{name} RGBA.png")
+        palette = Image.fromarray(alpha, "L").convert("P")
+        palette.putpalette([ink] * 768)
+        palette.save(tmp_path / f"{name} P.png", transparency=bytes(range(256)))
+        for mode in ("LA", "RGBA", "P"):
+            result = read(tmp_path / f"{name} {mode}.png")
+            assert np.abs(result.astype(int) - expected).max() <= 1, (name, mode)
+    Image.fromarray(255 * (alpha > 99).astype(np.uint8)).save(tmp_path / "tRNS.png", transparency=0)
+    assert np.array_equal(read(tmp_path / "tRNS.png"), rgb(255 * (alpha > 99)))
+    # Nothing of an image that is transparent throughout could be seen: its colours are what it shows.
+    Image.fromarray(np.dstack([alpha] * 3 + [0 * alpha])).save(tmp_path / "unseen.png")
+    assert np.array_equal(read(tmp_path / "unseen.png"), rgb(alpha))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_images_stand_upright_as_exif_says(tmp_path):
+    grey = pattern((28, 28))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    Image.fromarray(np.rot90(grey)).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read(tmp_path / "a.png"), rgb(grey))
+    Image.fromarray(grey).save(tmp_path / "damaged.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
+    assert np.array_equal(read(tmp_path / "damaged.png"), rgb(grey))
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (16, 16), (90, 57)])
@@ -65,7 +127,8 @@ def test_other_sizes_are_resized_as_torchvision_does(tmp_path, height, width):
     smooth = np.asarray(Image.fromarray(pattern((6, 6, 3))).resize((width, height), Image.Resampling.BICUBIC))
     Image.fromarray(smooth).save(tmp_path / "a.png")
     reference = functional.resize(torch.from_numpy(smooth.copy()).permute(2, 0, 1).float(), [28, 28], antialias=True)
-    assert (dataset.read_image(tmp_path / "a.png").float() - reference).abs().max() <= 1.01
+    # Both round to whole levels, Pillow after each of its two passes.
+    assert np.abs(read(tmp_path / "a.png") - reference.numpy()).max() <= 1.01
 
 
 def test_many_images_are_read_in_order(tmp_path):
@@ -74,8 +137,8 @@ def test_many_images_are_read_in_order(tmp_path):
         names.append(tmp_path / f"{(index * 37) % 150:03d}.png")
         Image.fromarray(pattern((28, 28, 3), index)).save(names[-1])
     images = dataset.read_images(names)
-    assert images.shape == (150, 3, 28, 28) and images.is_contiguous()
-    assert all(torch.equal(images[k], dataset.read_image(names[k])) for k in range(150))
+    assert images.shape == (150, 3, 28, 28) and images.dtype == torch.uint8 and images.is_contiguous()
+    assert all(np.array_equal(images[k], pattern((28, 28, 3), k).transpose(2, 0, 1)) for k in range(150))
 
 
 def test_unreadable_images_raise_or_are_reported(tmp_path):
@@ -84,30 +147,71 @@ def test_unreadable_images_raise_or_are_reported(tmp_path):
         Image.fromarray(pattern((28, 28))).save(path)
     paths[70].write_bytes(paths[70].read_bytes()[:300])
     paths[90].unlink()
+    os.mkfifo(paths[90])  # whoever opened it would wait for ever
     with pytest.raises(UserError, match="70.png cannot be read"):
         dataset.read_images(paths)
     reported = {}
     images = dataset.read_images(paths, on_error=lambda index, error: reported.update({index: str(error)}))
     assert list(reported) == [70, 90] and "70.png cannot be read" in reported[70] and "no image" in reported[90]
     assert images[70].sum() == 0 and images[90].sum() == 0 and torch.equal(images[89], images[0])
+    with pytest.raises(UserError, match="none of the 2 images can be read; the first: the image .*70.png"):
+        dataset.read_images([paths[70], paths[90]], on_error=lambda *_: None)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
 def test_a_file_that_is_no_image(tmp_path, content):
     (tmp_path / "a b.png").write_bytes(content)
     with pytest.raises(UserError, match="a b.png cannot be read"):
-        dataset.read_image(tmp_path / "a b.png")
+        read(tmp_path / "a b.png")
 
 
-def test_list_images(tmp_path):
-    for name in ("b.png", "a.JPG", "c.txt", ".hidden.png", "10.png"):
+def test_list_images(tmp_path, capsys):
+    for name in ("b.png", "a.JPG", "d.jfif", ".hidden.png", "10.png"):
         (tmp_path / name).touch()
-    assert dataset.list_images(tmp_path) == ["10.png", "a.JPG", "b.png"]
+    assert dataset.list_images(tmp_path) == ["10.png", "a.JPG", "b.png", "d.jfif"]
+    assert capsys.readouterr().err == ""
+    (tmp_path / "c.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("a", "b.png.bak", "z.txt"):
+        (tmp_path / name).touch()
+    assert dataset.list_images(tmp_path) == ["10.png", "a.JPG", "b.png", "d.jfif"]
+    assert capsys.readouterr().err == f"passed over in {tmp_path}: a, b.png.bak, c.png/ and 2 more\n"
     with pytest.raises(UserError, match="no folder"):
         dataset.list_images(tmp_path / "b.png")
+    with pytest.raises(UserError, match="c.png holds no images"):
+        dataset.list_images(tmp_path / "c.png")
+
+
+def test_a_folder_and_a_zip_are_image_sources(tmp_path, capsys):
+    colours, folder = pattern((3, 40, 20, 3)), tmp_path / "faces"
+    (folder / "sub").mkdir(parents=True)
+    for name, colour in zip(("2.png", "sub/1.png", "10.PNG"), colours):
+        Image.fromarray(colour).save(folder / name)
+    for name in ("list.txt", "sub/._1.png"):
+        (folder / name).touch()
+    shutil.make_archive(str(folder), "zip", folder)
+    for source in (folder, tmp_path / "faces.zip"):
+        capsys.readouterr()
+        images = dataset.read_image_source(source, 20)
+        assert images.shape == (3, 3, 20, 20)
+        assert np.array_equal(images.permute(0, 2, 3, 1), colours[[2, 0, 1], 10:30])  # the centred square
+        assert capsys.readouterr().err == f"passed over in {source}: list.txt\n"
+        images = dataset.read_image_source(source, 9, crop=(0, 5, 20, 25))
+        reference = Image.fromarray(colours[0, 5:25]).resize((9, 9), Image.Resampling.LANCZOS)
+        assert np.array_equal(images[1].permute(1, 2, 0), reference)
+        with pytest.raises(UserError, match="has 20x40 pixels, which .0, 0, 21, 40. exceeds"):
+            dataset.read_image_source(source, 9, crop=(0, 0, 21, 40))
+    archive = (tmp_path / "faces.zip").read_bytes()
+    (tmp_path / "faces.zip").write_bytes(archive.replace(b"IDAT", b"IDOT", 1))
+    with pytest.raises(UserError, match=r"the image .*faces.zip/10.PNG cannot be read .Bad CRC"):
+        dataset.read_image_source(tmp_path / "faces.zip", 20)
+    (tmp_path / "faces.zip").write_bytes(archive.replace(b"PK\1\2", b"PK\1\3"))
+    with pytest.raises(UserError, match="the zip file .*faces.zip is damaged"):
+        dataset.read_image_source(tmp_path / "faces.zip", 20)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no images"):
-        dataset.list_images(tmp_path / "empty")
+    for source, message in ((folder / "list.txt", "is neither a folder nor a zip"), (tmp_path / "empty", "no images")):
+        with pytest.raises(UserError, match=message):
+            dataset.read_image_source(source, 20)
 
 
 # --- Reading CSV files --------------------------------------------------------------------------
@@ -208,7 +312,7 @@ USPS_GREYS = np.append(np.arange(40) * 6.0, 127.5)  # 127.5 is the value 0, whic
 
 
 def mnist_digits():
-    """55 digits with strokes on a zero ground, and their labels."""
+    """55 digits with strokes on a black background, and their labels."""
     rng = np.random.default_rng(1)
     images = rng.integers(1, 256, (55, 28, 28)) * (rng.random((55, 28, 28)) < 0.3)
     return images.astype(np.uint8), (np.arange(55) % 10).astype(np.uint8)
@@ -306,8 +410,8 @@ def test_mnistm_is_patch_minus_digit(public):
         images, labels, _ = dataset.load_split(public[2], "mnistm", split)
         for image, label in zip(images.permute(0, 2, 3, 1).numpy(), labels.numpy()):
             for k in np.flatnonzero(pool_labels == label):
-                ground = pool[k] == 0  # there the photograph shows through
-                match = np.flatnonzero((patches[:, ground] == image[ground]).all(axis=(1, 2)))
+                background = pool[k] == 0  # there the photograph shows through
+                match = np.flatnonzero((patches[:, background] == image[background]).all(axis=(1, 2)))
                 if len(match):
                     difference = patches[match[0]].astype(int) - pool[k][:, :, None]
                     assert np.array_equal(np.abs(difference), image)
@@ -377,18 +481,74 @@ def test_missing_and_damaged_public_files(public, tmp_path, domain, file, what):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda source: shutil.copytree(source / "MNIST", source / "FashionMNIST"), "train-images-idx3-ubyte lies in"),
-    (lambda source: (source / "FashionMNIST").mkdir() or (source / "FashionMNIST/train-images-idx3-ubyte").touch(),
-     "train-images-idx3-ubyte lies in"),
-    (lambda source: (source / "MNIST/raw/t10k-labels-idx1-ubyte").unlink(), "holds only one of t10k-images"),
-    (lambda source: shutil.copy(source / "MNIST/raw/train-labels-idx1-ubyte.gz", source / "MNIST/raw/t10k-labels-idx1-ubyte.gz")
-     and (source / "MNIST/raw/t10k-labels-idx1-ubyte").unlink(), "images but 40 labels")])
+    (lambda raw: shutil.copytree(raw, raw.parent / "fashion"), "train-images-idx3-ubyte.gz lies in .* and in"),
+    (lambda raw: (raw / "fashion").mkdir() or (raw / "fashion/train-images.idx3-ubyte").touch(),
+     "train-images.idx3-ubyte lies in"),
+    (lambda raw: (raw / "t10k-labels-idx1-ubyte").unlink(), "holds only one of t10k-images-idx3-ubyte and"),
+    (lambda raw: shutil.copy(raw / "train-labels-idx1-ubyte.gz", raw / "t10k-labels-idx1-ubyte"), "but 40 labels")])
 def test_files_of_another_data_set_are_not_taken_for_mnist(public, tmp_path, change, message):
     shutil.copytree(public[0], tmp_path / "source")
-    change(tmp_path / "source")
+    change(tmp_path / "source/MNIST/raw")
     with pytest.raises(UserError, match=message):
         build(tmp_path / "source", tmp_path / "data", ["mnistm"])
     assert not (tmp_path / "data/digits/mnistm").exists()
+
+
+def test_other_names_and_compressions_of_the_same_files(public, tmp_path):
+    source = tmp_path / "Source"
+    shutil.copytree(public[0], source)
+    raw = source / "MNIST/raw"
+    for path in raw.iterdir():  # as 7-Zip and Kaggle name them; curl keeps .gz content under a bare name
+        path.rename(raw / path.name.replace("-idx", ".idx").removesuffix(".gz"))
+    (source / "test_32x32_first33.mat").rename(source / "Test_32x32.MAT")
+    (source / "usps.t.bz2").rename(source / "USPS.t.BZ2")
+    (source / "usps").write_bytes(bz2.decompress((source / "usps.bz2").read_bytes()))
+    (source / "usps.bz2").unlink()
+    (source / "BSR_bsds500.tgz").rename(source / "BSDS500.tar.gz")
+    build(source, tmp_path / "data")
+    assert tree(tmp_path / "data") == tree(public[2])
+
+
+def test_hidden_and_unfinished_files_are_left_out(public, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(public[0], source)
+    for name in ("._BSR_bsds500.tgz", "A_BSDS500.tar.gz.crdownload", "A_bsds500.tgz.part", "test_32x32_a.mat.partial",
+                 ".Trash/usps", "A_bsds500.tgz.download/A_bsds500.tgz"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("half a file")
+    os.mkfifo(source / "usps")
+    build(source, tmp_path / "data")
+    assert tree(tmp_path / "data") == tree(public[2])
+    (source / "usps.bz2").unlink()
+    (source / "usps.t.bz2").rename(source / "usps.h5")
+    with pytest.raises(UserError, match=r"source lacks USPS \(usps.bz2\) \(found, but not read: usps, usps.h5\)"):
+        build(source, tmp_path / "other", ["usps"])
+
+
+def mat(images, labels):
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, {"X": images, "y": labels})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("domain, file, content, message", [
+    ("usps", "usps.bz2", libsvm_bz2(np.zeros((3, 256)), [4, -1, 2]), "holds the label 0, labels are 1 to 10"),
+    ("usps", "usps.bz2", libsvm_bz2(np.zeros((3, 256)), [4, 10, 2]), "holds the label 11, labels are 1 to 10"),
+    ("usps", "usps.bz2", libsvm_bz2(np.full((1, 256), 255), [4]), "pixels reach from 255 to 255 instead of -1 to 1"),
+    ("svhn", "test_32x32_first33.mat", mat(np.zeros((32, 32, 3, 2), np.uint8), [17, 3]), "the label 17, labels are 1"),
+    ("svhn", "test_32x32_first33.mat", mat(np.zeros((32, 32, 3, 2), np.uint8), [0, 3]), "the label 0, labels are 1"),
+    ("svhn", "test_32x32_first33.mat", mat(np.zeros((32, 32, 3, 2)), [1, 3]), "its X is 32x32x3x2 float64 instead of"),
+    ("svhn", "test_32x32_first33.mat", mat(np.zeros((2, 32, 32, 3), np.uint8), [1, 3]), "its X is 2x32x32x3 uint8"),
+    ("mnistm", "train-labels-idx1-ubyte.gz", gz_idx(np.arange(40, dtype=np.uint8)), "holds the label 10, labels are 0"),
+    ("mnistm", "train-labels-idx1-ubyte.gz", gz_idx(np.zeros((40, 28, 28), np.uint8)), "holds 40x28x28 numbers of"),
+    ("mnistm", "train-images-idx3-ubyte.gz", gz_idx(np.zeros(40, np.uint8)), "40 numbers of type 8 instead of Nx28x28"),
+])
+def test_labels_and_images_that_are_not_the_data_set_s(public, tmp_path, domain, file, content, message):
+    shutil.copytree(public[0], tmp_path / "source")
+    next((tmp_path / "source").rglob(file)).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file} cannot be read .*{message}"):
+        build(tmp_path / "source", tmp_path / "data", [domain])
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_part_of_svhn_is_not_taken_twice(public, tmp_path):
@@ -398,25 +558,21 @@ def test_a_part_of_svhn_is_not_taken_twice(public, tmp_path):
         build(tmp_path / "source", tmp_path / "data", ["svhn"])
 
 
-def test_command_line(public, tmp_path, monkeypatch):
+def test_command_line(public, tmp_path, monkeypatch, capsys):
     def command(*args):
-        return subprocess.run([sys.executable, ROOT / "build_dataset.py", *args], cwd=tmp_path,
-                              capture_output=True, text=True)
-
-    done = command("--source_dir", public[0], "--data_dir", "my data", "--domains", "usps", "svhn")
-    assert done.returncode == 0, done.stderr
-    assert "usps: 25 training, 7 validation and 9 test digits" in done.stdout
-    expected = {name: data for name, data in tree(public[2]).items() if "mnistm" not in name}
-    assert tree(tmp_path / "my data") == expected
-    failed = command("--source_dir", "nowhere")
-    assert failed.returncode == 2
-    assert failed.stderr == ("build_dataset.py: error: there is no folder nowhere; "
-                             "name the one that holds the public files\n")
+        monkeypatch.setattr(sys, "argv", ["build_dataset.py", *map(str, args)])
+        build_dataset.main()
 
     monkeypatch.chdir(tmp_path)
+    command("--source_dir", public[0], "--data_dir", "my data", "--domains", "usps", "svhn")
+    assert "usps: 25 training, 7 validation and 9 test digits" in capsys.readouterr().out
+    assert tree(tmp_path / "my data") == {name: data for name, data in tree(public[2]).items() if "mnistm" not in name}
     Path("file").touch()
-    for data_dir, source_dir, message in (("file", public[0], "the output path file is a file"),
-                                          ("new", "my data", "my data lacks MNIST")):
-        monkeypatch.setattr(sys, "argv", ["x", "--source_dir", str(source_dir), "--data_dir", data_dir])
+    for source_dir, data_dir, message in (("nowhere", "new", "no folder nowhere; name the one that holds the public"),
+                                          (public[0], "file", "the output path file is a file"),
+                                          ("my data", "new", "my data lacks MNIST")):
         with pytest.raises(UserError, match=message):
-            build_dataset.main()
+            command("--source_dir", source_dir, "--data_dir", data_dir)
+    with pytest.raises(SystemExit, match="2"):
+        command("--source_dir", "", "--data_dir", "new")
+    assert "--source_dir: the path is empty" in capsys.readouterr().err

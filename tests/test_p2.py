@@ -1,4 +1,4 @@
-"""Problem 2: the sampler, its scripts and the training of UNet.py. Narrow networks, small images, no data set."""
+"""Problem 2: the sampler, the network from a file, the scripts, training. Narrow networks, small images, no data."""
 
 import functools
 import json
@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from utils import UserError, image_generators, randn
 
 import numpy as np
 import pytest
@@ -17,13 +18,28 @@ import torch
 from PIL import Image
 from torchvision.utils import save_image
 
+import files
+import training
 from p2_ddim import ddim, evaluate, inference, studies, train
-from p2_ddim.ddim import alphas_cumprod, lerp, sample, slerp, stretch, timesteps
+from p2_ddim.ddim import ddpm_loss, lerp, noise_schedule, sample, slerp, stretch, timesteps
+from p2_ddim.model import load_model
 from UNet import UNet
-from utils import UserError, image_generators, randn, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(1)  # for networks this small, a second thread costs more than it gives
+FACE64 = ROOT / "p2_ddim/checkpoints/face64.pt"
+
+# Float32 carries 7 digits, and processors differ in the last of them. The analytic loops below magnify that at most a
+# hundredfold (the first step divides by 0.0076): a share of 1e-4 of the largest value is ten times what comes of it.
+FLOAT32 = 1e-4
+
+
+def close(values, expected, share=FLOAT32):
+    """Whether no value is further from the expected one than this share of the largest expected value."""
+    return (values - expected).abs().max() <= share * expected.abs().max()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tanh_model(x, t):
@@ -31,14 +47,20 @@ def tanh_model(x, t):
     return torch.tanh(x)
 
 
+def narrow_weights(channel=8, std=0.05):
+    """Weights of a narrow network that make images differ from their noise."""
+    return {name: value if name.endswith("inv_freq") else std * normal(*value.shape, seed=i)
+            for i, (name, value) in enumerate(UNet(channel=channel).state_dict().items())}
+
+
 # --- The sampler --------------------------------------------------------------------------------
 
-def test_noise_levels_and_visited_steps():
-    ab = alphas_cumprod()
-    assert ab.dtype == torch.float64 and len(ab) == 1000
+def test_noise_schedule_and_timesteps():
+    alphas_cumprod = noise_schedule()
+    assert alphas_cumprod.dtype == torch.float64 and len(alphas_cumprod) == 1000
     for t, value in {0: 0.9999, 1: 0.999780092072, 21: 0.993220357296, 41: 0.978868755331,
                      961: 8.5730961e-5, 981: 5.7877932e-5}.items():
-        assert ab[t].item() == pytest.approx(value, rel=1e-7, abs=1e-12)
+        assert alphas_cumprod[t].item() == pytest.approx(value, rel=1e-7)  # as many digits as they are given with
     assert timesteps() == list(range(981, 0, -20))
     assert timesteps(1) == [1] and timesteps(1000) == list(range(999, 0, -1))
     for steps in (3, 7, 30, 300, 600):  # numbers that do not divide 1000 start near the noisy end too
@@ -55,11 +77,11 @@ START = torch.tensor([-1.5, -0.3, 0.2, 2.0], dtype=torch.float64).reshape(1, 1, 
 
 def independent_loop(clamp=True, last=None, shift=0):
     """The whole loop once more with NumPy; the arguments make the usual wrong variants."""
-    ab = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
+    alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
     x = START.numpy().ravel()
     for t in range(981, 0, -20):
-        now = ab[t - shift]
-        before = ab[t - shift - 20] if t > 1 else ab[0] if last is None else last
+        now = alphas_cumprod[t - shift]
+        before = alphas_cumprod[t - shift - 20] if t > 1 else alphas_cumprod[0] if last is None else last
         eps = np.tanh(x)
         x0 = (x - np.sqrt(1 - now) * eps) / np.sqrt(now)
         x0 = np.clip(x0, -1, 1) if clamp else x0
@@ -68,7 +90,8 @@ def independent_loop(clamp=True, last=None, shift=0):
 
 
 def check_scalar_run(x):
-    np.testing.assert_allclose(x, [-0.354347155, -0.176416470, 0.106246938, 0.358162483], rtol=0, atol=1e-8)
+    # All is double precision, but the values that were handed down agree with it to 5e-8 only.
+    np.testing.assert_allclose(x, [-0.354347155, -0.176416470, 0.106246938, 0.358162483], rtol=1e-6)
 
 
 def test_scalar_run_is_the_courses():
@@ -77,7 +100,7 @@ def test_scalar_run_is_the_courses():
     for wrong, values in ((dict(clamp=False), [-71.22, -0.1775, 0.1062, 133.1]),
                           (dict(last=1.0), [-0.350948, -0.174671, 0.105189, 0.354730]),
                           (dict(last=1.0, shift=1), [-0.351675, -0.174642, 0.105155, 0.355448])):
-        np.testing.assert_allclose(independent_loop(**wrong), values, rtol=1e-3)
+        np.testing.assert_allclose(independent_loop(**wrong), values, rtol=1e-3)  # given with four digits
         with pytest.raises(AssertionError):
             check_scalar_run(independent_loop(**wrong))
 
@@ -97,14 +120,11 @@ def diffusers_sample(model, noise, eta=0.0, generators=None, **more_flags):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_equals_diffusers(eta):
-    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = normal(2, 3, 8, 8)
     theirs = diffusers_sample(tanh_model, noise, eta, image_generators(5, [0, 1]))
     ours = sample(tanh_model, noise, eta=eta, generators=image_generators(5, [0, 1]))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert close(ours, theirs)
     assert ours.std() > 0.2 and (stretch(ours).int() - stretch(theirs).int()).abs().max() <= 1
-
-
-FACE64 = ROOT / "p2_ddim/checkpoints/face64.pt"
 
 
 @torch.no_grad()
@@ -112,45 +132,63 @@ def test_committed_faces_equal_diffusers(tmp_path):
     assert FACE64.stat().st_size <= 20e6
     paths = sorted((ROOT / "p2_ddim/noise64").iterdir())
     assert [path.name for path in paths] == [f"{i:02d}.pt" for i in range(10)]
-    model = inference.load_unet(FACE64)
-    noise = torch.cat([inference.load_noise(path) for path in paths])
-    assert noise.shape == (10, 3, 64, 64)
+    model = load_model(FACE64)
+    noise = torch.cat([inference.load_noise(path) for path in (paths[0], paths[9])])
+    assert noise.shape == (2, 3, 64, 64)
+    # A trained network is no chaos: what float32 rounds differently stays far below half a grey level.
     for ours, theirs in zip(stretch(sample(model, noise)), diffusers_sample(model, noise)):
         save_image(theirs, tmp_path / "a.png", normalize=True)
         difference = ours.permute(1, 2, 0).numpy() - np.asarray(Image.open(tmp_path / "a.png"), float)
-        assert (difference ** 2).mean() <= 0.01 and np.abs(difference).max() <= 1
+        assert (difference ** 2).mean() <= 0.01 and np.abs(difference).max() <= 1 and ours.float().std() > 30
 
 
-def test_sampler_tells_the_network_raw_steps_and_the_caller_every_state():
-    asked, told = [], []
+def test_sampler_tells_the_network_raw_timesteps_and_the_caller_every_state():
+    asked = []
 
     def model(x, t):
         assert t.shape == (2,) and t.dtype == torch.int64
         asked.append(t.tolist())
         return tanh_model(x, t)
-    out = sample(model, torch.randn(2, 3, 4, 4), 5, on_step=lambda t, x, x0: told.append((t, x, x0)))
-    assert asked == [[t, t] for t in (801, 601, 401, 201, 1)] and [t for t, _, _ in told] == [801, 601, 401, 201, 1]
-    assert torch.equal(told[-1][1], out) and all(x0.abs().max() <= 1 for _, _, x0 in told)
+    noise = normal(2, 3, 4, 4)
+    states = list(ddim.ddim(model, noise, 5))
+    assert asked == [[t, t] for t in (801, 601, 401, 201, 1)] and [t for t, _, _ in states] == [801, 601, 401, 201, 1]
+    assert torch.equal(states[-1][1], sample(tanh_model, noise, 5)) and not torch.equal(states[0][1], states[1][1])
+    assert all(x0.abs().max() <= 1 for _, _, x0 in states)
+    next(iter(ddim.ddim(lambda x, t: x * torch.ones(1, requires_grad=True), noise)))
+    assert torch.is_grad_enabled()  # outside of a step
 
 
 def test_added_noise_belongs_to_the_image_and_not_to_the_batch():
-    noise = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    noise = normal(3, 3, 4, 4)
     together = sample(tanh_model, noise, 10, 1.0, image_generators(0, [0, 1, 2]))
-    alone = [sample(tanh_model, noise[i:i + 1], 10, 1.0, image_generators(0, [i])) for i in (2, 0, 1)]
-    torch.testing.assert_close(torch.cat([alone[1], alone[2], alone[0]]), together, rtol=0, atol=1e-6)
-    assert (sample(tanh_model, noise, 10, 1.0, image_generators(1, [0, 1, 2])) - together).abs().max() > 0.1
+    for i in (2, 0, 1):
+        assert close(sample(tanh_model, noise[i:i + 1], 10, 1.0, image_generators(0, [i])), together[i:i + 1])
+    assert not close(sample(tanh_model, noise, 10, 1.0, image_generators(1, [0, 1, 2])), together, share=0.1)
     for generators in (None, image_generators(0, [0])):
         with pytest.raises(ValueError, match="one generator for each image"):
             sample(tanh_model, noise, 10, 1.0, generators)
 
 
 def test_stretch_saves_what_torchvision_saves(tmp_path):
-    images = torch.stack([torch.randn(3, 8, 8), torch.full((3, 8, 8), 0.3), torch.rand(3, 8, 8) * 1e-7])
+    images = torch.stack([normal(3, 8, 8), torch.full((3, 8, 8), 0.3), normal(3, 8, 8, seed=1) * 1e-7])
     for image, ours in zip(images, stretch(images)):
         save_image(image, tmp_path / "a.png", normalize=True)
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), ours.permute(1, 2, 0).numpy())
+        theirs = np.asarray(Image.open(tmp_path / "a.png"), int)
+        assert np.abs(theirs - ours.permute(1, 2, 0).numpy()).max() <= 1  # a value just between two grey levels
     first, constant, _ = stretch(images)
     assert first.amin() == 0 and first.amax() == 255 and constant.amax() == 0
+
+
+def test_loss_is_algorithm_1():
+    x0, noise, t = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1), torch.tensor([0, 981])
+    seen = []
+
+    def model(x, t):
+        seen.append(x)
+        return noise + torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1)
+    assert close(ddpm_loss(model, x0, t, noise, noise_schedule()), torch.tensor([1.0, 4.0]))
+    for i, alpha_bar in enumerate((0.9999, 5.7877932e-5)):
+        assert close(seen[0][i], alpha_bar ** 0.5 * x0[i] + (1 - alpha_bar) ** 0.5 * noise[i])
 
 
 # --- Interpolation and studies ------------------------------------------------------------------
@@ -158,36 +196,109 @@ def test_stretch_saves_what_torchvision_saves(tmp_path):
 def test_slerp_and_lerp():
     x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])
     s = 0.5 ** 0.5
-    torch.testing.assert_close(slerp(x, y, 0.5), torch.tensor([[s, 3 * s]]))
-    torch.testing.assert_close(lerp(x, y, 0.25), torch.tensor([[0.75, 0.75]]))
-    noise = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert close(slerp(x, y, 0.5), torch.tensor([[s, 3 * s]])) and close(lerp(x, y, 0.25), torch.tensor([[0.75, 0.75]]))
+    noise = normal(2, 1, 3, 64, 64)
     for path in (slerp, lerp):
         for alpha, end in ((0, noise[0]), (1, noise[1])):
-            torch.testing.assert_close(path(*noise, alpha), end, rtol=0, atol=1e-6)
+            assert close(path(*noise, alpha), end)
+    # The norm of n = 12,288 normals varies with a standard deviation of 1 / sqrt(2 n) = 0.0064 of it: five of these.
     for alpha, spherical, straight in studies.norm_table(*noise):
-        assert spherical == pytest.approx(1, abs=0.02)
-        assert straight == pytest.approx((alpha ** 2 + (1 - alpha) ** 2) ** 0.5, abs=0.02)
-    torch.testing.assert_close(slerp(noise[0], 2 * noise[0], 0.5), 1.5 * noise[0])  # parallel: no arc, a line
+        assert spherical == pytest.approx(1, rel=0.032)
+        assert straight == pytest.approx((alpha ** 2 + (1 - alpha) ** 2) ** 0.5, rel=0.032)
+    assert close(slerp(noise[0], 2 * noise[0], 0.5), 1.5 * noise[0])  # parallel: no arc, a line
     with pytest.raises(ValueError, match="opposite"):
         slerp(x, -x, 0.5)
 
 
 def test_studies_have_their_shapes_and_ends():
-    noises = torch.randn(4, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    grid = studies.eta_grid(tanh_model, noises[:2], etas=(0, 1), steps=5)
-    alone = stretch(sample(tanh_model, noises[1], 5))
-    assert grid.shape == (4, 3, 8, 8) and torch.equal(grid[1:2], alone) and not torch.equal(grid[3:4], alone)
-    strip = studies.interpolation_strip(tanh_model, noises[0], noises[1], slerp, steps=5)
-    assert strip.shape == (11, 3, 8, 8) and (strip[-1:].int() - alone.int()).abs().max() <= 1
+    noises = normal(4, 1, 3, 8, 8)
+    alone = stretch(sample(tanh_model, noises[1], 5)).int()
+    grid = studies.eta_grid(tanh_model, noises[:2], etas=(0, 1), steps=5).int()
+    assert grid.shape == (4, 3, 8, 8)
+    assert (grid[1:2] - alone).abs().max() <= 1 and (grid[3:4] - alone).abs().max() > 10
+    strip = studies.interpolation_strip(tanh_model, noises[0], noises[1], slerp, steps=5).int()
+    assert strip.shape == (11, 3, 8, 8) and (strip[-1:] - alone).abs().max() <= 1
     errors = dict(studies.steps_table(tanh_model, noises[0], (5, 50), reference=100))
     assert errors[5] > errors[50] > 0
 
 
 def test_eps_of_the_clamped_x0_equals_diffusers():
-    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = normal(2, 3, 8, 8)
     ours = sample(studies.consistent(tanh_model), noise)
-    torch.testing.assert_close(ours, diffusers_sample(tanh_model, noise, use_clipped_model_output=True), rtol=0, atol=1e-5)
-    assert (ours - sample(tanh_model, noise)).abs().max() > 1e-3
+    assert close(ours, diffusers_sample(tanh_model, noise, use_clipped_model_output=True))
+    assert not close(ours, sample(tanh_model, noise), share=0.01)
+
+
+# --- The network from a file --------------------------------------------------------------------
+
+WEIGHTS = narrow_weights(channel=4)
+PARAMETERS = {name: value for name, value in WEIGHTS.items() if not name.endswith("inv_freq")}
+OTHER = {name: torch.zeros_like(value) for name, value in WEIGHTS.items()}
+
+
+def prefixed(prefix, weights=WEIGHTS):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+WRAPPINGS = {
+    "bare, with a number": {**WEIGHTS, "epoch": 3},
+    "under a key": {"net": WEIGHTS, "optimizer": {"state": {0: {"exp_avg": WEIGHTS["out.2.weight"]}}}},
+    "compiled, parallel": {"model_state_dict": prefixed("_orig_mod.module.")},
+    "Lightning": {"state_dict": prefixed("model."), "hyper_parameters": {"lr": 1e-4}, "global_step": 5},
+    "lucidrains": {"step": 5, "model": prefixed("model.", OTHER), "version": "2.0", "scaler": None,
+                   "ema": {**prefixed("online_model.model.", OTHER), **prefixed("ema_model.model."),
+                           "initted": torch.tensor(True), "step": torch.tensor(5)}},
+    "average of the parameters": {"ema": {"decay": 0.999, "shadow": PARAMETERS}, "model": OTHER},
+    "parameters alone": prefixed("module.", {name: torch.nn.Parameter(value) for name, value in PARAMETERS.items()}),
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_weights_load_from_the_ways_in_which_others_save_them(tmp_path, wrapping):
+    torch.save(WRAPPINGS[wrapping], tmp_path / "foreign.pt", _use_new_zipfile_serialization="Lightning" not in wrapping)
+    model = load_model(tmp_path / "foreign.pt")
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert value.device.type == "cpu" and torch.equal(value, WEIGHTS[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_load_and_the_frequencies_stay_exact(tmp_path, dtype):
+    """At t = 981 the angles would be wrong by a quarter of a radian in float16, by two in bfloat16."""
+    torch.save({name: value.to(dtype) for name, value in WEIGHTS.items()}, tmp_path / "foreign.pt")
+    model = load_model(tmp_path / "foreign.pt")
+    assert torch.equal(model.time[0].inv_freq, WEIGHTS["time.0.inv_freq"])
+    assert torch.equal(model.out[2].weight, WEIGHTS["out.2.weight"].to(dtype).float())
+
+
+def changed(**changes):
+    """WEIGHTS with some of the values replaced; None leaves one out. In the names, __ stands for a dot."""
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    return {name: value for name, value in {**WEIGHTS, **changes}.items() if value is not None}
+
+
+UNFIT_WEIGHTS = [
+    (changed(extra=torch.zeros(1), down4__0__bias=torch.zeros(7), down1__bias=None, up23__resblocks__skip__bias=None),
+     r"down1.bias is missing and should be \(4,\); down4.0.bias is \(7,\) and should be \(4,\).* and 1 more"),
+    (changed(down1__weight=torch.tensor(1.0)), "do not fit UNet"),
+    (changed(down1__weight=torch.zeros(2 ** 20, 1)), "do not fit UNet"),  # and no such network is made
+    (changed(out__2__bias=torch.full((3,), torch.inf)), r"hold NaN or infinity \(out.2.bias\)"),
+    (changed(out__2__bias=torch.zeros(3).to_sparse()), "a tensor of the layout torch.sparse_coo"),
+    (changed(out__2__bias=torch.zeros(3, device="meta")), "without values|more than tensors"),  # PyTorch 2.0
+    ({"fc1.weight": torch.zeros(3)}, "does not hold the weights .* whose top level holds fc1.weight"),
+    ({"encoder": {0: torch.zeros(2)}, "lr": 0.1}, "whose top level holds encoder, lr"),
+    ({0: torch.zeros(2)}, "whose top level holds 0"), ([1, 2], "holds a list"), (torch.zeros(3), "holds a Tensor"),
+    ({"net": WEIGHTS, "loss": np.float64(1)}, "more than tensors and plain values .numpy"),
+    ({"net": WEIGHTS, "data": Path("x")}, "more than tensors and plain values .pathlib"),
+    (UNet(channel=4), "more than tensors and plain values .*model.state_dict"),
+]
+
+
+@pytest.mark.parametrize("content, message", UNFIT_WEIGHTS)
+def test_weights_that_do_not_fit_are_refused_with_what_the_file_holds(tmp_path, content, message):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=f"other.pt.*{message}"):
+        load_model(tmp_path / "other.pt")
 
 
 # --- evaluate.py --------------------------------------------------------------------------------
@@ -218,7 +329,7 @@ def test_evaluate_compares_without_wrapping_round(tmp_path, monkeypatch, capsys)
     with pytest.raises(UserError, match="one size"):
         evaluate.mean_squared_errors(*map(evaluate.read_images, folders))
     (tmp_path / "out/lost.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="lost.png is damaged"):
+    with pytest.raises(UserError, match="lost.png cannot be read"):
         evaluate.read_images(tmp_path / "out")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/._a.png").write_bytes(b"what macOS leaves")
@@ -231,13 +342,8 @@ def test_evaluate_compares_without_wrapping_round(tmp_path, monkeypatch, capsys)
 
 @pytest.fixture(scope="module")
 def unet_pt(tmp_path_factory):
-    """A narrow network in the slim format of train.py, with weights that make images differ from their noise."""
-    torch.manual_seed(0)
-    model = UNet(channel=8)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
     path = tmp_path_factory.mktemp("weights") / "U Net.pt"
-    train.save_slim(path, model.state_dict(), {"channel": 8})
+    torch.save(narrow_weights(), path)
     return path
 
 
@@ -246,11 +352,10 @@ def noises(tmp_path):
     """A folder of four noises of several names, shapes and precisions, and other files among them."""
     folder = tmp_path / "noise dir"
     (folder / "more").mkdir(parents=True)
-    torch.manual_seed(1)
-    torch.save(torch.randn(1, 3, 32, 32), folder / "00.pt")
-    torch.save(torch.randn(3, 32, 32), folder / "01.pt")
-    torch.save(torch.randn(1, 3, 32, 32).double(), folder / "b c.d.pt")
-    torch.save(torch.randn(1, 3, 32, 32).half(), folder / "z.pt")
+    torch.save(normal(1, 3, 32, 32, seed=1), folder / "00.pt")
+    torch.save(normal(3, 32, 32, seed=2), folder / "01.pt")
+    torch.save(normal(1, 3, 32, 32, seed=3).double(), folder / "b c.d.pt")
+    torch.save(normal(1, 3, 32, 32, seed=4).half(), folder / "z.pt")
     (folder / "notes.txt").write_text("mine")
     (folder / "._00.pt").write_bytes(b"what macOS leaves behind")
     return folder
@@ -272,7 +377,16 @@ def read_pngs(folder):
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in folder.glob("*.png")}
 
 
-def test_wrapper_draws_one_image_for_each_noise(tmp_path, noises, unet_pt, monkeypatch):
+def equal(image, other):
+    """Whether two images are one up to rounding: a value between two grey levels may fall to either side."""
+    return image.shape == other.shape and np.abs(image - other).max() <= 1
+
+
+def face(model, noise, *arguments):
+    return stretch(sample(model, noise, *arguments))[0].permute(1, 2, 0).numpy().astype(int)
+
+
+def test_wrapper_generates_one_image_for_each_noise(tmp_path, noises, unet_pt):
     shutil.copy(unet_pt, tmp_path / "U Net.pt")
     done = wrapper("noise dir", "out dir", "U Net.pt", "--steps", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -280,48 +394,68 @@ def test_wrapper_draws_one_image_for_each_noise(tmp_path, noises, unet_pt, monke
     images = read_pngs(tmp_path / "out dir")
     assert sorted(images) == ["00.png", "01.png", "b c.d.png", "z.png"]
     assert {path.name for path in (tmp_path / "out dir").iterdir()} == set(images)
-    model = inference.load_unet(unet_pt)
+    model = load_model(unet_pt)
     for name, image in images.items():
         noise = torch.load(noises / name.replace(".png", ".pt"), weights_only=True).float().reshape(1, 3, 32, 32)
-        expected = stretch(sample(model, noise, 2))[0].permute(1, 2, 0).numpy()
-        assert image.shape == (32, 32, 3) and np.abs(image - expected).max() <= 1 and image.std() > 10
+        assert image.shape == (32, 32, 3) and image.std() > 10 and equal(image, face(model, noise, 2))
+    done = wrapper(noises, "out dir", "gone.pt", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "no checkpoint gone.pt" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_flags_set_an_image_but_batch_size_and_interruption_do_not(tmp_path, noises, unet_pt, monkeypatch):
-    flags = (unet_pt, "--steps", 3, "--eta", 1, "--seed", 4)
-    run_inference(monkeypatch, noises, tmp_path / "one", *flags)
-    run_inference(monkeypatch, noises, tmp_path / "three", *flags, "--batch_size", 3, "--no-channels_last")
-    one, three = read_pngs(tmp_path / "one"), read_pngs(tmp_path / "three")
-    assert one.keys() == three.keys() and all(np.abs(one[name] - three[name]).max() <= 1 for name in one)
+    batches = []
 
-    model = inference.load_unet(unet_pt)
+    def counted(model, noise, *arguments):
+        batches.append(len(noise))
+        return ddim.ddim(model, noise, *arguments)
+    monkeypatch.setattr(inference, "ddim", counted)
+    flags = (unet_pt, "--steps", 3, "--eta", 1, "--seed", 4)
+    run_inference(monkeypatch, noises, tmp_path / "four", *flags)
+    run_inference(monkeypatch, noises, tmp_path / "three", *flags, "--batch_size", 3)
+    monkeypatch.setattr(inference, "PIXELS", 2 * 32 * 32)
+    run_inference(monkeypatch, noises, tmp_path / "two", *flags)
+    assert batches == [4, 3, 1, 2, 2]
+    four, three, two = (read_pngs(tmp_path / name) for name in ("four", "three", "two"))
+    assert four.keys() == three.keys() == two.keys() and len(four) == 4
+    assert all(equal(four[name], three[name]) and equal(four[name], two[name]) for name in four)
+
+    model = load_model(unet_pt)
     for i, path in enumerate(inference.find_noises(noises)):
         for seed, same in ((4, True), (5, False)):
-            face = stretch(sample(model, inference.load_noise(path), 3, 1.0, image_generators(seed, [i])))[0]
-            assert (np.abs(one[f"{path.stem}.png"] - face.permute(1, 2, 0).numpy()).max() <= 1) == same
+            expected = face(model, inference.load_noise(path), 3, 1.0, image_generators(seed, [i]))
+            assert equal(four[f"{path.stem}.png"], expected) == same
 
+    kept = tmp_path / "three/z.png"
+    Image.new("RGB", (32, 32), "red").save(kept)
+    (tmp_path / "three/00.png").write_bytes((tmp_path / "four/00.png").read_bytes()[:1500])  # as a crash leaves it
     (tmp_path / "three/01.png").unlink()
-    (tmp_path / "three/z.png").write_bytes(b"kept")
+    (tmp_path / "three/b c.d.png").write_bytes(b"")
     run_inference(monkeypatch, noises, tmp_path / "three", *flags, "--skip_existing")
-    assert (tmp_path / "three/z.png").read_bytes() == b"kept"
-    assert (tmp_path / "three/01.png").read_bytes() == (tmp_path / "one/01.png").read_bytes()
+    assert batches[5:] == [2, 1] and (read_pngs(tmp_path / "three")["z.png"] == [255, 0, 0]).all()
+    again = read_pngs(tmp_path / "three")
+    assert all(equal(again[name], four[name]) for name in four if name != "z.png")
 
 
 def test_out_of_memory_halves_the_batch(tmp_path, noises, unet_pt, monkeypatch, capsys):
-    def sample_two_at_most(model, noise, *arguments, **more):
+    def two_at_most(model, noise, *arguments):
         if len(noise) > 2:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")
-        return sample(model, noise, *arguments, **more)
-    monkeypatch.setattr(inference, "sample", sample_two_at_most)
+        return ddim.ddim(model, noise, *arguments)
+    monkeypatch.setattr(inference, "ddim", two_at_most)
     run_inference(monkeypatch, noises, tmp_path / "out", unet_pt, "--steps", 1, "--batch_size", 4)
     assert len(read_pngs(tmp_path / "out")) == 4 and "batches of 2" in capsys.readouterr().err
 
 
-def test_amp_is_close_to_float32(tmp_path, noises, unet_pt, monkeypatch):
+def test_amp_is_close_to_float32_and_nan_is_not_written(tmp_path, noises, unet_pt, monkeypatch):
     run_inference(monkeypatch, noises, tmp_path / "float32", unet_pt, "--steps", 2)
     run_inference(monkeypatch, noises, tmp_path / "amp", unet_pt, "--steps", 2, "--amp", "bf16")
     errors = evaluate.mean_squared_errors(*(evaluate.read_images(tmp_path / name) for name in ("float32", "amp")))
-    assert len(errors) == 4 and 0 < max(errors.values()) < 20
+    assert len(errors) == 4 and 0 < max(errors.values()) < 20  # the course's baseline
+    torch.save(dict(narrow_weights(), **{"out.2.weight": torch.full((3, 8, 3, 3), 3e38)}), tmp_path / "huge.pt")
+    with pytest.raises(UserError, match="00.png comes out as NaN"):
+        run_inference(monkeypatch, noises, tmp_path / "out", tmp_path / "huge.pt", "--steps", 1)
+    assert not list((tmp_path / "out").iterdir())
 
 
 class Malicious:
@@ -332,71 +466,85 @@ class Malicious:
         return Path.touch, (self.path,)
 
 
-BAD_NOISES = {
-    "is damaged": lambda path, _: path.write_bytes(b"PK no tensor"),
-    "is damaged ": lambda path, witness: path.write_bytes(pickle.dumps(Malicious(witness))),
-    "does not hold a tensor of floats": lambda path, _: torch.save({"noise": torch.zeros(1, 3, 32, 32)}, path),
-    "does not hold a tensor of floats ": lambda path, _: torch.save(torch.zeros(1, 3, 32, 32, dtype=torch.int64), path),
-    "has the shape (2, 3, 32, 32)": lambda path, _: torch.save(torch.zeros(2, 3, 32, 32), path),
-    "has the shape (1, 1, 32, 32)": lambda path, _: torch.save(torch.zeros(1, 32, 32), path),
-    "has the shape (1, 3, 40, 32)": lambda path, _: torch.save(torch.zeros(3, 40, 32), path),
-    "holds NaN or infinite": lambda path, _: torch.save(torch.full((1, 3, 32, 32), float("nan")), path),
-}
+BAD_NOISES = [
+    (lambda path, _: path.write_bytes(b"PK no tensor"), "is damaged"),
+    (lambda path, witness: path.write_bytes(pickle.dumps(Malicious(witness))), "more than tensors"),
+    (lambda path, witness: torch.save(Malicious(witness), path), "more than tensors"),
+    (lambda path, _: torch.save(np.zeros((1, 3, 32, 32)), path), "more than tensors and plain values (numpy"),
+    (lambda path, _: torch.save({"noise": torch.zeros(1, 3, 32, 32)}, path), "does not hold a tensor of floats"),
+    (lambda path, _: torch.save(torch.zeros(1, 3, 32, 32).long(), path), "does not hold a tensor of floats"),
+    (lambda path, _: torch.save(torch.zeros(2, 3, 32, 32), path), "has the shape (2, 3, 32, 32)"),
+    (lambda path, _: torch.save(torch.zeros(1, 32, 32), path), "has the shape (1, 1, 32, 32)"),
+    (lambda path, _: torch.save(torch.zeros(3, 40, 32), path), "has the shape (1, 3, 40, 32)"),
+    (lambda path, _: torch.save(torch.zeros(1, 3, 0, 0), path), "has the shape (1, 3, 0, 0)"),
+    (lambda path, _: torch.save(torch.zeros(1, 3, 32, 32).to_sparse(), path), "of the layout torch.sparse_coo"),
+    (lambda path, _: torch.save(torch.full((1, 3, 32, 32), float("nan")), path), "holds NaN or infinite"),
+]
 
 
-@pytest.mark.parametrize("message", BAD_NOISES)
-def test_bad_noises_are_named(tmp_path, message):
+@pytest.mark.parametrize("write, message", BAD_NOISES)
+def test_bad_noises_are_named(tmp_path, write, message):
     path, witness = tmp_path / "07.pt", tmp_path / "witness"
-    BAD_NOISES[message](path, witness)
+    write(path, witness)
     with pytest.raises(UserError) as error:
         inference.load_noise(path)
-    assert message.strip() in str(error.value) and str(path) in str(error.value)
+    assert message in str(error.value) and str(path) in str(error.value)
     assert not witness.exists()  # a file that holds code runs nothing
 
 
-def test_bad_input_through_the_wrapper(tmp_path, noises, unet_pt):
-    (tmp_path / "empty").mkdir()
+def test_a_noise_saved_on_a_gpu_or_with_a_gradient_loads_on_a_cpu(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(torch.ones(1, 3, 32, 32, requires_grad=True), tmp_path / "00.pt")
+    if not torch.cuda.is_available():
+        with pytest.raises((RuntimeError, pickle.UnpicklingError), match="CUDA"):
+            torch.load(tmp_path / "00.pt", weights_only=True)
+    noise = inference.load_noise(tmp_path / "00.pt")
+    assert torch.equal(noise, torch.ones(1, 3, 32, 32)) and not noise.requires_grad
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, noises, unet_pt, monkeypatch, capsys):
+    for name, shapes in (("empty", []), ("bad", [(1, 3, 32, 33)]), ("several", [(1, 3, 32, 32), (1, 3, 64, 32)])):
+        (tmp_path / name).mkdir()
+        for i, shape in enumerate(shapes):
+            torch.save(torch.zeros(shape), tmp_path / name / f"x {i}.pt")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "corrupt.pt").write_bytes(unet_pt.read_bytes()[:5000])
-    (tmp_path / "code.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "witness")))
-    torch.save({"fc1.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    (tmp_path / "bad noise").mkdir()
-    torch.save(torch.zeros(1, 3, 32, 33), tmp_path / "bad noise/x y.pt")
-    cases = [
-        ([noises, "out"], "arguments are required: checkpoint"),
-        (["nowhere", "out", unet_pt], "no folder nowhere"),
-        (["empty", "out", unet_pt], "no noise files (.pt) in empty"),
-        (["bad noise", "out", unet_pt], "bad noise/x y.pt has the shape (1, 3, 32, 33)"),
-        ([noises, "file", unet_pt], "file is a file"),
-        ([noises, "out", "nowhere.pt"], "no checkpoint nowhere.pt"),
-        ([noises, "out", "corrupt.pt"], "corrupt.pt is damaged"),
-        ([noises, "out", "code.pt"], "code.pt is damaged"),
-        ([noises, "out", "other.pt"], "time.0.inv_freq is missing and should be (64,)"),
-        ([noises, "out", unet_pt, "--steps", 1001], "--steps 1001"),
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda case: wrapper(*case[0], cwd=tmp_path), cases))
-    for (arguments, message), done in zip(cases, results):
-        assert done.returncode == 2, (arguments, done.stderr)
-        assert message in done.stderr and "Traceback" not in done.stderr and done.stdout == "", (arguments, done.stderr)
-    assert not (tmp_path / "witness").exists() and not list(tmp_path.glob("out/*"))
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in [
+            (["nowhere", "out", unet_pt], "no folder nowhere"),
+            (["empty", "out", unet_pt], "no noise files (.pt) in empty"),
+            (["bad", "out", unet_pt], "bad/x 0.pt has the shape (1, 3, 32, 33)"),
+            (["several", "out", unet_pt], "several shapes"),
+            ([noises, "file", unet_pt], "file is a file"),
+            ([noises, "out", "nowhere.pt"], "no checkpoint nowhere.pt"),
+            ([noises, "out", "corrupt.pt"], "corrupt.pt is damaged"),
+            ([noises, "out", unet_pt, "--steps", 1001], "--steps 1001"),
+            ([noises, "out", unet_pt, "--amp", "fp16"], "needs a GPU")]:
+        with pytest.raises(UserError) as error:
+            run_inference(monkeypatch, *arguments)
+        assert message in str(error.value)
+    for arguments, message in [([noises, "out"], "required: checkpoint"), ([noises, "", unet_pt], "path is empty")]:
+        with pytest.raises(SystemExit) as stop:
+            run_inference(monkeypatch, *arguments)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
 
 
 # --- Training -----------------------------------------------------------------------------------
 
-@pytest.fixture
-def faces(tmp_path):
-    """A zip of twelve 40x50 JPEGs with a centred bright disc of varying colour, and one file that is no image."""
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """A zip of twelve 40x50 images with a centred bright disc of varying colour."""
+    folder = tmp_path_factory.mktemp("my faces")
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:50, :40]
     disc = ((y - 24.5) ** 2 + (x - 19.5) ** 2 < 200)[..., None]
-    path = tmp_path / "my faces.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("faces/readme.txt", "no image")
+    with zipfile.ZipFile(folder / "faces.zip", "w") as archive:
         for i in range(12):
-            Image.fromarray((disc * rng.integers(100, 255, 3)).astype(np.uint8)).save(tmp_path / "face.jpg")
-            archive.write(tmp_path / "face.jpg", f"faces/{i:06d}.jpg")
-    return path
+            Image.fromarray((disc * rng.integers(100, 255, 3)).astype(np.uint8)).save(folder / "face.png")
+            archive.write(folder / "face.png", f"faces/{i:06d}.png")
+    return folder / "faces.zip"
 
 
 def run_train(monkeypatch, *arguments):
@@ -407,7 +555,11 @@ def run_train(monkeypatch, *arguments):
 
 def tiny(data, out, *more):
     return ["--data_dir", data, "--output_dir", out, "--size", 32, "--channel", 4, "--epochs", 2, "--batch_size", 4,
-            "--warmup", 2, "--save_every", 2, "--device", "cpu", *more]
+            "--warmup", 2, "--save_every", 2, "--device", "cpu", "--amp", "off", *more]
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_training_resumes_bit_for_bit(faces, tmp_path, monkeypatch):
@@ -416,98 +568,69 @@ def test_training_resumes_bit_for_bit(faces, tmp_path, monkeypatch):
     def interrupt(path, image):
         if path.name == "samples_000004.png":  # amid the files of the second checkpoint
             raise KeyboardInterrupt
-        save_png(path, image)
+        files.save_png(path, image)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save_png", interrupt)
         run_train(patch, *tiny(faces, tmp_path / "parts"))
     assert torch.load(tmp_path / "parts/last.pt", weights_only=True)["step"] == 2
-    with pytest.raises(UserError, match="resume"):
-        run_train(monkeypatch, *tiny(faces, tmp_path / "parts"))
-    with pytest.raises(UserError, match="same flags"):
-        run_train(monkeypatch, *tiny(faces, tmp_path / "parts", "--resume", "--lr", 1))
     run_train(monkeypatch, *tiny(faces, tmp_path / "parts", "--resume"))
 
     whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 6
     for part in ("model", "ema"):
-        a, b = (state[part]["shadow"] if part == "ema" else state[part] for state in (whole, parts))
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    for i, moments in whole["optimizer"]["state"].items():
-        assert all(torch.equal(value, parts["optimizer"]["state"][i][name]) for name, value in moments.items())
+        assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
+    for i, moments in whole["optimizer"][0]["state"].items():
+        assert all(torch.equal(value, parts["optimizer"][0]["state"][i][name]) for name, value in moments.items())
     assert (tmp_path / "whole/samples_000006.png").read_bytes() == (tmp_path / "parts/samples_000006.png").read_bytes()
-    lines = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert [(row["step"], row["epoch"]) for row in rows(tmp_path / "parts")] == [(2, 0.667), (4, 1.333), (6, 2)]
+    assert [row["loss_quarters"] for row in rows(tmp_path / "whole")] == [
+        row["loss_quarters"] for row in rows(tmp_path / "parts")]
+
+    # What it leaves for inference.py: the EMA weights in half precision.
+    slim = files.load_checkpoint(tmp_path / "whole/model.pt", "p2_ddim", ["recipe", "metrics"])
+    assert slim["config"] == dict(channel=4, size=32) and slim["recipe"]["batch_size"] == 4
+    assert slim["ema"]["down1.weight"].dtype == torch.float16
+    for name, value in load_model(tmp_path / "whole/model.pt").state_dict().items():
+        # Half precision has eleven bits; what is below 2 ** -14 in size, fewer.
+        torch.testing.assert_close(value, whole["ema"][name], rtol=2 ** -11, atol=2 ** -25)
 
 
-def test_images_come_from_a_folder_or_a_zip_as_centred_squares(faces, tmp_path):
-    images = train.load_images(faces, 32)
-    assert images.shape == (12, 3, 32, 32) and images.dtype == torch.uint8
-    with zipfile.ZipFile(faces) as archive:
-        archive.extractall(tmp_path / "folder")
-    assert torch.equal(train.load_images(tmp_path / "folder", 32), images)
-    crop = Image.open(tmp_path / "folder/faces/000000.jpg").crop((0, 5, 40, 45)).resize((32, 32), Image.LANCZOS)
-    assert np.abs(images[0].permute(1, 2, 0).numpy() - np.asarray(crop, float)).mean() < 0.5
-
-
-def test_every_epoch_sees_every_image_once():
-    images = torch.arange(12)
-    for seed in (0, 1):
-        epochs = torch.cat([train.batch_at(images, step, 4, seed) for step in range(6)]).split(12)
-        assert all(sorted(epoch.tolist()) == list(range(12)) for epoch in epochs)
-        assert not torch.equal(*epochs)
-
-
-def test_loss_is_algorithm_1():
-    torch.manual_seed(0)
-    x0, noise, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0, 981])
+def test_an_epoch_holds_every_image_once_and_a_batch_every_part_of_the_timesteps(faces, tmp_path, monkeypatch):
     seen = []
-
-    def model(x, t):
-        seen.append(x)
-        return noise + torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1)
-    torch.testing.assert_close(train.loss_per_image(model, x0, t, noise, alphas_cumprod()), torch.tensor([1.0, 4.0]))
-    for i, ab in enumerate((0.9999, 5.7877932e-5)):
-        torch.testing.assert_close(seen[0][i], ab ** 0.5 * x0[i] + (1 - ab) ** 0.5 * noise[i], rtol=0, atol=1e-6)
-
-
-def test_slim_file_draws_as_the_average_does(tmp_path):
-    """Half precision must not touch the time frequencies: at t = 981 their error would be a quarter of a radian."""
-    torch.manual_seed(0)
-    model = UNet(channel=8).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    train.save_slim(tmp_path / "slim.pt", model.state_dict(), {"channel": 8})
-    loaded = inference.load_unet(tmp_path / "slim.pt")
-    assert torch.equal(loaded.time[0].inv_freq, model.time[0].inv_freq)
-    content = torch.load(tmp_path / "slim.pt", weights_only=True)
-    assert content["kind"] == "p2_ddim" and content["ema"]["down1.weight"].dtype == torch.float16
-    for name, value in loaded.state_dict().items():
-        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-5)
+    monkeypatch.setattr(train, "ddpm_loss", lambda model, x0, t, noise, alphas_cumprod: (
+        seen.append((x0, t, noise)), ddpm_loss(model, x0, t, noise, alphas_cumprod))[1])
+    run_train(monkeypatch, *tiny(faces, tmp_path / "out"))
+    images = train.read_image_source(faces, 32).float() / 127.5 - 1
+    for epoch in (seen[:3], seen[3:]):
+        x0 = torch.cat([x0 for x0, _, _ in epoch])
+        which = [[i for i, image in enumerate(images) if torch.equal(one, image) or torch.equal(one, image.flip(2))]
+                 for one in x0]
+        assert sorted(sum(which, [])) == list(range(12))
+    for x0, t, noise in seen:
+        assert x0.dtype == torch.float32 and t.dtype == torch.int64 and (t >= 0).all() and (t < 1000).all()
+        assert sorted((t // 250).tolist()) == [0, 1, 2, 3]  # a batch of four: one in each quarter
+        assert noise.shape == x0.shape and 0.9 < noise.std() < 1.1
+    assert len({t.sum().item() for _, t, _ in seen}) == len(seen) == 6
 
 
 def test_two_processes_train_together(faces, tmp_path, torchrun):
-    done = torchrun("p2_ddim/train.py", *tiny(faces, tmp_path / "out", "--epochs", 1))
+    done = torchrun("p2_ddim/train.py", *tiny(faces, tmp_path / "out", "--epochs", 1, "--save_every", 3))
     assert done.returncode == 0, done.stderr
     assert "12 images" in done.stdout and "2 process(es)" in done.stdout
-    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 3] and all(np.isfinite(line["loss"]) for line in lines)
-    assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] == 3
+    assert [row["step"] for row in rows(tmp_path / "out")] == [3] and (tmp_path / "out/last.pt").exists()
 
 
-def test_a_dry_run_writes_nothing(faces, tmp_path, monkeypatch, capsys):
-    run_train(monkeypatch, *tiny(faces, tmp_path / "out", "--dry_run"))
-    assert "dry run: two steps" in capsys.readouterr().out and not (tmp_path / "out").exists()
-
-
-def test_training_lowers_the_loss(faces, tmp_path, monkeypatch):
-    run_train(monkeypatch, *tiny(faces, tmp_path / "out", "--epochs", 40, "--lr", 3e-3, "--save_every", 30))
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+def test_training_lowers_the_loss_and_a_dry_run_writes_nothing(faces, tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, *tiny(faces, tmp_path / "out", "--epochs", 20, "--lr", 3e-3, "--save_every", 20))
+    losses = [row["loss"] for row in rows(tmp_path / "out")]
     assert losses[-1] < 0.8 * losses[0]
+    run_train(monkeypatch, *tiny(faces, tmp_path / "dry", "--dry_run"))
+    assert "dry run: two steps" in capsys.readouterr().out and not (tmp_path / "dry").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--data_dir", "nowhere"], "neither a folder nor a zip"), (["--data_dir", ROOT / "tests/data"], "no images"),
-    (["--resume"], "there is no checkpoint"), (["--size", 40], "multiple of 32"), (["--channel", 6], "multiple of 4"),
+    (["--data_dir", "nowhere"], "neither a folder nor a zip"), (["--data_dir", ROOT / "tests/data"], "holds no images"),
+    (["--resume"], "no training to go on with"), (["--size", 40], "multiple of 32"), (["--channel", 6], "multiple of"),
     (["--batch_size", 13], "larger than the 12"), (["--amp", "fp16"], "needs a GPU"),
     (["--output_dir", __file__], "is a file")])
 def test_bad_training_flags_get_a_sentence(faces, tmp_path, monkeypatch, flags, message):
@@ -515,30 +638,9 @@ def test_bad_training_flags_get_a_sentence(faces, tmp_path, monkeypatch, flags, 
         run_train(monkeypatch, *tiny(faces, tmp_path / "out", *flags))
 
 
-def test_a_noise_saved_on_a_gpu_loads_on_a_cpu(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-        torch.save(torch.ones(1, 3, 32, 32), tmp_path / "00.pt")
-    if not torch.cuda.is_available():
-        with pytest.raises((RuntimeError, pickle.UnpicklingError), match="CUDA"):
-            torch.load(tmp_path / "00.pt", weights_only=True)
-    assert torch.equal(inference.load_noise(tmp_path / "00.pt"), torch.ones(1, 3, 32, 32))
-
-
-def test_weights_of_foreign_shapes_are_refused_and_nan_is_not_drawn(tmp_path, noises, unet_pt, monkeypatch):
-    for content in ({0: torch.zeros(2)}, {"down1.weight": torch.tensor(1.0)}, {"down1.weight": torch.zeros(2 ** 20, 1)}):
-        torch.save(content, tmp_path / "foreign.pt")
-        with pytest.raises(UserError, match="are not those of UNet.py"):
-            inference.load_unet(tmp_path / "foreign.pt")
-    content = torch.load(unet_pt, weights_only=True)
-    content["ema"]["out.2.bias"].fill_(float("nan"))
-    torch.save(content, tmp_path / "nan.pt")
-    with pytest.raises(UserError, match="ends in NaN"):
-        run_inference(monkeypatch, noises, tmp_path / "out", tmp_path / "nan.pt", "--steps", 1)
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_a_damaged_image_is_named(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match="a.jpg"):
-        train.load_images(tmp_path, 32)
+def test_the_committed_checkpoint_is_what_train_py_writes(monkeypatch):
+    content = files.load_checkpoint(FACE64, "p2_ddim", ["config", "recipe", "metrics", "ema"])
+    lines = [json.loads(line) for line in (FACE64.parent / "metrics.jsonl").read_text().splitlines()]
+    assert content["config"] == dict(channel=32, size=64) and content["metrics"] == lines[-1:]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data_dir", "faces"])
+    assert content["recipe"] == training.recipe(train.parse_args())

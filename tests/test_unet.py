@@ -3,15 +3,30 @@
 import re
 from pathlib import Path
 
+import utils  # noqa: F401  before torch, as in every script
+
 import numpy as np
 import pytest
 import torch
 
-from p2_ddim.inference import load_unet
+from p2_ddim.model import load_model
 from UNet import Layer, ResBlock, SelfAttention, UNet, channel_of, groups
-from utils import UserError
 
 DATA = Path(__file__).parent / "data"
+
+# Float32 carries 7 digits, processors differ in the last of them, and forty layers with the weights below, which are ill
+# conditioned on purpose, magnify that a thousandfold: 1e-3 of the largest value is ten times what comes of it. Double
+# precision has nine digits more, and finds whatever is wrong.
+FLOAT32, FLOAT64 = 1e-3, 1e-9
+
+
+def close(values, expected, share):
+    """Whether no value is further from the expected one than this share of the largest expected value."""
+    return (values - expected).abs().max() <= share * expected.abs().max()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def ruled_weights(state_dict):
@@ -34,15 +49,17 @@ def ruled_weights(state_dict):
 def full(tmp_path_factory):
     """The full-size network, loaded as the course's file is: a bare state dict on the disk."""
     path = tmp_path_factory.mktemp("weights") / "UNet.pt"
-    torch.save(ruled_weights(UNet().state_dict()), path)
-    model = load_unet(path)
+    with torch.device("meta"):
+        shapes = UNet().state_dict()
+    torch.save(ruled_weights(shapes), path)
+    model = load_model(path)
     path.unlink()
     return model
 
 
 @pytest.fixture(scope="module")
 def narrow():
-    """(model, weights): width 32, with weights large enough for every part to show in the output."""
+    """A network of width 32, with weights large enough for every part to show in the output."""
     model = UNet(channel=32).eval()
     model.load_state_dict(ruled_weights(model.state_dict()))
     return model
@@ -54,17 +71,17 @@ def test_weights_have_the_courses_names_shapes_and_order(full):
     expected = [(name, shape, dtype) for name, shape, dtype in lines]
     assert [(name, str(tuple(value.shape)), str(value.dtype)) for name, value in full.state_dict().items()] == expected
     assert len(expected) == 427 and sum(p.numel() for p in full.parameters()) == 113_673_219
+    # numbers of the description: exp(-2k ln(10000) / 128)
+    assert close(full.time[0].inv_freq, torch.exp(-torch.arange(64) * (2 * np.log(10000) / 128)), share=1e-6)
 
 
 @torch.no_grad()
 def test_forward_equals_the_golden_values(full):
     golden = {name: torch.from_numpy(value) for name, value in np.load(DATA / "unet_golden.npz").items()}
     out = full(golden["x"], golden["t"])
-    assert (out - golden["out_f64"]).abs().max() < 1e-3
-    assert torch.equal(full(golden["x"], golden["t"].float()), out)  # integer and float times are one
-    scale = golden["out_f64"].std()
-    out = full.double()(golden["x"].double(), golden["t"])
-    assert (out - golden["out_f64"]).abs().max() / scale < 1e-8
+    assert close(out, golden["out_f64"], FLOAT32)
+    assert close(full(golden["x"], golden["t"].float()), out, share=1e-6)  # integer and float times are one
+    assert close(full.double()(golden["x"].double(), golden["t"]), golden["out_f64"], FLOAT64)
     full.float()
 
 
@@ -78,21 +95,21 @@ def test_channel_scales_every_width(full, narrow):
 
 @torch.no_grad()
 def test_a_narrow_network_still_knows_the_time(narrow):
-    """With one channel a group, GroupNorm would remove the time vector again."""
+    """With one channel a group, GroupNorm would remove the time vector again: what is left would be rounding."""
     early, late = narrow.time(torch.tensor([1, 900]))[:, None]
     for module in narrow.modules():
         if isinstance(module, ResBlock):
-            x = torch.randn(1, module.norm1.num_channels, 8, 8)
-            assert (module(x, early) - module(x, late)).std() > 1e-3
+            x = normal(1, module.norm1.num_channels, 8, 8)
+            assert (module(x, early) - module(x, late)).std() > 1e-3 * module(x, early).std()
 
 
 @torch.no_grad()
 def test_any_batch_and_any_size_divisible_by_32(narrow):
-    x, t = torch.randn(3, 3, 32, 96), torch.tensor([3, 500, 999])
+    x, t = normal(3, 3, 32, 96), torch.tensor([3, 500, 999])
     out = narrow(x, t)
-    assert out.shape == x.shape
+    assert out.shape == x.shape and not close(out[:1], out[1:2], share=0.1)
     for i in range(3):
-        torch.testing.assert_close(narrow(x[i:i + 1], t[i:i + 1]), out[i:i + 1], rtol=1e-4, atol=1e-4)
+        assert close(narrow(x[i:i + 1], t[i:i + 1]), out[i:i + 1], FLOAT32)
 
 
 @pytest.mark.parametrize("shape, times", [((1, 3, 40, 32), 1), ((1, 4, 32, 32), 1), ((3, 32, 32), 3),
@@ -102,7 +119,8 @@ def test_other_inputs_are_refused_with_a_sentence(narrow, shape, times):
         narrow(torch.zeros(shape), torch.zeros(times))
 
 
-@pytest.mark.parametrize("arguments", [dict(channel=6), dict(channel=0), dict(channel=132), dict(attn_heads=3), dict(attn_heads=0)])
+@pytest.mark.parametrize("arguments", [dict(channel=6), dict(channel=0), dict(channel=132), dict(attn_heads=3),
+                                       dict(attn_heads=0)])
 def test_impossible_widths_are_refused(arguments):
     with pytest.raises(ValueError, match="multiple of 4"):
         UNet(**arguments)
@@ -121,12 +139,14 @@ def test_initialisation():
         field = value[0, 0].numel()
         bound = (3 * scale / ((value.shape[0] + value.shape[1]) * field / 2)) ** 0.5
         assert value.abs().max() <= bound * 1.0001, name
+        # The standard deviation of n uniform numbers varies by sqrt(0.2 / n) of it, at most 2.2 % here: seven of these.
         assert value.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.15), name
-    assert model(torch.randn(1, 3, 32, 32), torch.tensor([7])).abs().max() < 1e-3
+    x = normal(1, 3, 32, 32)
+    assert model(x, torch.tensor([7])).abs().max() < 1e-3 * x.abs().max()
 
 
 def test_every_weight_learns(narrow):
-    loss = narrow(torch.randn(2, 3, 32, 32), torch.tensor([10, 700])).square().mean()
+    loss = narrow(normal(2, 3, 32, 32), torch.tensor([10, 700])).square().mean()
     for (name, parameter), gradient in zip(narrow.named_parameters(), torch.autograd.grad(loss, narrow.parameters())):
         assert gradient.abs().max() > 0, name
 
@@ -137,11 +157,11 @@ def test_affine_time_scales_and_shifts():
     model = UNet(channel=8, use_affine_time=True)
     assert model.state_dict()["down2.resblocks.time.1.weight"].shape == (16, 32)
     assert "down2.resblocks.norm2.weight" not in model.state_dict()
-    block, x, time = model.down2.resblocks, torch.randn(2, 8, 4, 4), torch.randn(2, 32)
+    block, x, time = model.down2.resblocks.double(), normal(2, 8, 4, 4).double(), normal(2, 32, seed=1).double()
     torch.nn.init.normal_(block.conv2.weight)
     gamma, beta = block.time(time).reshape(2, 2, 8, 1, 1).unbind(1)
     h = (1 + gamma) * block.norm2(block.conv1(torch.nn.functional.silu(block.norm1(x)))) + beta
-    torch.testing.assert_close(block(x, time), x + block.conv2(torch.nn.functional.silu(h)))
+    assert close(block(x, time), x + block.conv2(torch.nn.functional.silu(h)), FLOAT64)
 
 
 @torch.no_grad()
@@ -150,39 +170,14 @@ def test_attention_with_two_heads():
     torch.manual_seed(0)
     attention = SelfAttention(8, heads=2, norm_groups=2).double()
     torch.nn.init.normal_(attention.out.weight)
-    x = torch.randn(1, 8, 2, 3, dtype=torch.float64)
+    x = normal(1, 8, 2, 3).double()
     qkv = attention.qkv(attention.norm(x)).reshape(2, 3, 4, 6)
     result = torch.zeros(2, 4, 6, dtype=torch.float64)
     for head, (q, k, v) in enumerate(qkv):
         for i in range(6):
             weight = torch.stack([(q[:, i] * k[:, j]).sum() / 8 ** 0.5 for j in range(6)]).softmax(0)
             result[head, :, i] = sum(weight[j] * v[:, j] for j in range(6))
-    torch.testing.assert_close(attention(x), x + attention.out(result.reshape(1, 8, 2, 3)))
+    assert close(attention(x), x + attention.out(result.reshape(1, 8, 2, 3)), FLOAT64)
     assert [name for name, module in UNet(channel=4).named_children()
             if isinstance(module, Layer) and isinstance(module.attention, SelfAttention)] == [
                 "down14", "down15", "mid1", "up5", "up6", "up7"]
-
-
-def test_weights_under_a_key_and_after_parallel_training_load(tmp_path):
-    weights = UNet(channel=8).state_dict()
-    for i, content in enumerate([{"state_dict": weights}, {"model": weights}, {"ema": weights, "model": {}},
-                                 {"ema": {"shadow": weights, "updates": 3}},
-                                 {"state_dict": {f"module.{name}": value for name, value in weights.items()}}]):
-        torch.save(content, tmp_path / f"{i}.pt")
-        loaded = load_unet(tmp_path / f"{i}.pt")
-        assert not loaded.training
-        assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
-
-
-def test_weights_that_do_not_fit_are_named(tmp_path):
-    weights = dict(UNet(channel=8).state_dict(), extra=torch.zeros(1))
-    weights["down4.0.bias"] = torch.zeros(7)
-    del weights["down1.bias"], weights["up23.resblocks.skip.bias"]
-    torch.save(weights, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"down1.bias is missing and should be \(8,\); down4.0.bias is \(7,\) and "
-                                        r"should be \(8,\).* and 1 more"):
-        load_unet(tmp_path / "other.pt")
-    for content in ([1, 2], torch.zeros(3), {"a": 1}):
-        torch.save(content, tmp_path / "other.pt")
-        with pytest.raises(UserError, match="weights"):
-            load_unet(tmp_path / "other.pt")

@@ -1,0 +1,46 @@
+"""What a method may see: its domains' images in memory, and the batches that are drawn from them."""
+
+from typing import NamedTuple
+
+import torch
+
+from dataset import load_split
+from p3_dann.augment import augment
+from utils import UserError
+
+
+class Batch(NamedTuple):
+    """Images are float (B, 1, 28, 28), augmented as their domain is and standardized."""
+    images: torch.Tensor  # of the domain that comes with labels
+    labels: torch.Tensor  # theirs, int64 (B,)
+    unlabelled: list  # images of each domain that comes without
+
+
+def load_training_images(data_dir, method, domains):
+    """({domain: uint8 images} that `method` sees, the labelled ones first; their labels); domains: {role: domain}.
+
+    The only place where training reads the data set, and so the proof that dann cannot know the target's labels, and
+    source_only not even its images.
+    """
+    labelled, labels, _ = load_split(data_dir, domains[method.labelled], "train")
+    images = {domains[method.labelled]: labelled}
+    for role in method.unlabelled:
+        images[domains[role]] = load_split(data_dir, domains[role], "train", labelled=False)[0]
+    for domain, seen in images.items():
+        if len(seen) < 2:
+            raise UserError(f"{data_dir} holds a single training image of {domain}, and batch normalisation needs two; "
+                            "name a --data_dir with more")
+    return images, labels
+
+
+def draw_batch(images, labels, count, without=()):
+    """A Batch of `count` images of each domain, drawn with replacement from what load_training_images returns.
+
+    without: names from augment.PARTS, the parts of the augmentation to leave out.
+    """
+    chosen, views = [], []
+    for domain, seen in images.items():
+        chosen.append(torch.randint(len(seen), (count,)).to(labels.device))
+        view = augment(seen[chosen[-1]], domain, without)
+        views.append(view.contiguous(memory_format=torch.channels_last))
+    return Batch(views[0], labels[chosen[0]], views[1:])

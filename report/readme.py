@@ -1,0 +1,108 @@
+"""Writes the measured numbers into README.md and assignments/*/README.md.
+
+    python3 report/readme.py             # after a study, a training of problem 3's tables, or a benchmark
+    python3 report/readme.py --check     # writes nothing; exit status 2 when a number is stale
+
+A number stands between two comments, which Markdown does not show: <!-- p1.accuracy -->99.8<!-- -->. It comes from
+p1_ddpm/checkpoints/results.csv, p3_dann/checkpoints/results.csv or report/benchmark.csv.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, argument_parser, run
+
+import pandas as pd
+
+from files import write_atomic
+from p1_ddpm.inference import CHECKPOINT
+from p1_ddpm.studies import DEFAULTS, MEASURES, as_text, digest_of
+from report.benchmark import commands
+
+FIELD = re.compile(r"<!-- ([\w.]+) -->((?:(?!<!--).)*)<!-- -->", re.DOTALL)
+
+
+def mean_and_std(values, decimals):
+    return f"{values.mean():.{decimals}f} ± {values.std():.{decimals}f}"
+
+
+def p1_numbers():
+    """Problem 1 with the shipped checkpoint and setting: of seed 0, and over the seeds that took part in no choice."""
+    path = ROOT / "p1_ddpm/checkpoints/results.csv"
+    rows = pd.read_csv(path, dtype=str)
+    shipped = dict(as_text(DEFAULTS), checkpoint=digest_of(CHECKPOINT))
+    for column in shipped.keys() - {"seed"}:
+        rows = rows[rows[column] == shipped[column]]
+    rows = rows.astype(dict.fromkeys(MEASURES, float))
+    first, fresh = rows[rows.seed == shipped["seed"]], rows[rows.table == "seeds"]
+    if first.empty or fresh.empty:
+        raise UserError(f"{path} lacks the shipped setting of {CHECKPOINT.name}; run p1_ddpm/studies.py")
+    decimals = dict(accuracy=1, worst_digit=0, frechet_ratio=2, diversity=2)
+    return ({f"p1.{name}": f"{first[name].iloc[0]:.{digits}f}" for name, digits in decimals.items()}
+            | {f"p1.seeds.{name}": mean_and_std(fresh[name], 2) for name in decimals})
+
+
+def p3_numbers():
+    """Problem 3: accuracy on the targets' validation digits, mean and standard deviation over the seeds."""
+    path = ROOT / "p3_dann/checkpoints/results.csv"
+    rows = pd.read_csv(path)
+    rows["name"] = rows.run.str.replace(r"_s\d+$", "", regex=True)
+    numbers = {}
+    for target in ("svhn", "usps"):
+        for name, run_name, statistics in (("source_only", "mnistm_source_only", "source"),
+                                           ("source_only_adapted", "mnistm_source_only", "target"),
+                                           ("dann", f"mnistm_{target}_dann", "target"),
+                                           ("target_only", f"{target}_target_only", "target")):
+            chosen = (rows["name"] == run_name) & (rows.target == target) & (rows.statistics == statistics)
+            if not chosen.any():
+                raise UserError(f"{path} lacks {run_name} on {target}; run p3_dann/studies.py --publish")
+            numbers[f"p3.{target}.{name}"] = mean_and_std(rows.accuracy[chosen], 2)
+    return numbers
+
+
+def benchmark_numbers():
+    """Seconds of each of the benchmark's commands on the CPU, and all of it as a table."""
+    rows = pd.read_csv(ROOT / "report/benchmark.csv").query("device == 'cpu'").set_index("name")
+    numbers = {f"{name}.seconds": "not measured" for name, *_ in commands(quick=False)}
+    numbers |= {f"{name}.seconds": seconds(row.alone_s) for name, row in rows.iterrows()}
+    lines = ["| command | images | alone, s | beside a busy process, s | peak memory, GB |", "|---|---|---|---|---|"]
+    lines += [f"| `{row.command}` | {row.images} | {seconds(row.alone_s)} | {seconds(row.beside_s)} "
+              f"| {row.peak_mib / 1024:.1f} |" for _, row in rows.iterrows()]
+    return numbers | {"benchmark": "\n\n" + "\n".join(lines) + "\n\n"}
+
+
+def seconds(value):
+    return "-" if pd.isna(value) else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def fill(path, numbers):
+    """The text of the file `path` with the `numbers`, {name: text}, in its fields."""
+    text = path.read_text(encoding="utf-8")
+    names = re.findall(r"<!-- ([\w.]+) -->", text)
+    strange = [name for name in names if name not in numbers]
+    if strange or len(FIELD.findall(text)) < len(names):
+        raise UserError(f"{path} has {'an unknown field ' + strange[0] if strange else 'a field without its end'}; "
+                        "a field is <!-- name --> text <!-- -->")
+    return FIELD.sub(lambda field: f"<!-- {field[1]} -->{numbers[field[1]]}<!-- -->", text)
+
+
+def main():
+    parser = argument_parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="only tell whether all numbers are those of the records")
+    args = parser.parse_args()
+    numbers = p1_numbers() | p3_numbers() | benchmark_numbers()
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("assignments/*/README.md"))]:
+        text = fill(path, numbers)
+        if text != path.read_text(encoding="utf-8"):
+            if args.check:
+                raise UserError(f"{path} has stale numbers; run 'python3 report/readme.py'")
+            write_atomic(path, text.encode())
+            print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""digit_classifier.py: the grader of problem 1, and how its network is trained."""
+
+import math
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import digit_classifier
+from dataset import load_split
+from files import save_png
+from utils import UserError
+
+
+def call(*flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["digit_classifier.py", "--device", "cpu", *map(str, flags)])
+        digit_classifier.main()
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Of a network that answers 3 to every image."""
+    model = digit_classifier.Classifier()
+    torch.nn.init.zeros_(model.fc3.weight)
+    torch.nn.init.zeros_(model.fc3.bias)
+    model.fc3.bias.data[3] = 1
+    return model.state_dict()
+
+
+@pytest.fixture
+def always_3(tmp_path, weights):
+    torch.save({"state_dict": weights}, tmp_path / "Classifier.pth")
+    return tmp_path / "Classifier.pth"
+
+
+def test_classifier_is_the_courses_network(weights):
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    assert list(shapes) == [f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc1", "fc2", "fc3")
+                            for kind in ("weight", "bias")]
+    assert shapes["conv2.weight"] == (16, 6, 5, 5) and shapes["fc1.weight"] == (128, 256)
+    assert sum(math.prod(shape) for shape in shapes.values()) == 44674
+
+
+def test_prints_the_courses_line_and_names_odd_files(tmp_path, always_3, capsys):
+    black = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    folder = tmp_path / "generated digits"
+    (folder / "more").mkdir(parents=True)
+    for name in ("3_001.png", "3_002.png", "3_extra.png", "cat.png"):
+        save_png(folder / name, black)
+    save_png(folder / "5_001.png", torch.zeros(3, 32, 32, dtype=torch.uint8))
+    (folder / "notes.txt").write_text("not an image")
+    call("--folder", folder, "--checkpoint", always_3)
+    stdout, stderr = capsys.readouterr()
+    assert stdout == "acc = 0.75 (correct/total = 3/4)\n"
+    for part in (f"passed over in {folder}: more/, notes.txt\n", "begin with a digit: cat.png",
+                 "graded, but not among 0_001.png ... 9_100.png: 3_extra.png", "997 file(s) missing: 0_001.png",
+                 "1 file(s) resized, they are not 28x28: 5_001.png"):
+        assert part in stderr
+
+
+def test_is_silent_about_a_complete_folder(tmp_path, always_3, capsys):
+    (tmp_path / "out").mkdir()
+    save_png(tmp_path / "black.png", torch.zeros(3, 28, 28, dtype=torch.uint8))
+    for name in digit_classifier.expected_names():
+        shutil.copy(tmp_path / "black.png", tmp_path / "out" / name)
+    call("--folder", tmp_path / "out", "--checkpoint", always_3)
+    assert capsys.readouterr() == ("acc = 0.1 (correct/total = 100/1000)\n", "")
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda weights: weights,
+    lambda weights: {"format_version": 1, "state_dict": weights},
+    lambda weights: {"epoch": 3, "model": {f"module._orig_mod.{name}": value for name, value in weights.items()}},
+    lambda weights: {"state_dict": {name: value.half() for name, value in weights.items()}}])
+def test_weights_are_found_in_any_wrapping(tmp_path, weights, wrap):
+    torch.save(wrap(weights), tmp_path / "x.pth")
+    found = digit_classifier.load_classifier(tmp_path / "x.pth").state_dict()
+    assert all(torch.equal(found[name], weights[name].half().float() if name != "fc3.bias" else weights[name])
+               for name in weights if name.startswith("fc3"))
+    assert all(torch.allclose(found[name], weights[name], atol=1e-3) for name in weights)  # half precision's share of 1
+
+
+@pytest.mark.parametrize("folder, checkpoint, message", [
+    ("gone", "Classifier.pth", "no folder .*gone"), ("empty", "Classifier.pth", "no images"),
+    ("cats", "Classifier.pth", "no image in .*cats has a name that begins with its digit"),
+    ("broken", "Classifier.pth", "1_001.png cannot be read"),
+    ("broken", "gone.pth", "there is no classifier checkpoint .*gone.pth"),
+    ("broken", "tensor.pth", "tensor.pth does not hold the weights that are looked for, which holds a Tensor"),
+    ("broken", "foreign.pth", "foreign.pth does not hold .* whose top level holds weights"),
+    ("broken", "nan.pth", "nan.pth hold NaN")])
+def test_refuses_bad_input(tmp_path, weights, always_3, folder, checkpoint, message):
+    for name, file in (("empty", "notes.txt"), ("broken", "1_001.png"), ("cats", "cat.png")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(b"\x89PNG")
+    torch.save({"weights": 1}, tmp_path / "foreign.pth")
+    torch.save(torch.zeros(1, 3), tmp_path / "tensor.pth")
+    torch.save({"state_dict": {**weights, "fc3.bias": torch.full((10,), math.nan)}}, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=message):
+        call("--folder", tmp_path / folder, "--checkpoint", tmp_path / checkpoint)
+
+
+@pytest.fixture
+def printed_digits(tmp_path):
+    """The course's layout with four printed digits of each kind, in random greys on random greys, as MNIST-M."""
+    folder = tmp_path / "digits/mnistm"
+    (folder / "data").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for k in range(40):
+        image = Image.new("L", (10, 11), int(rng.integers(0, 100)))
+        ImageDraw.Draw(image).text((2, 0), str(k % 10), int(rng.integers(150, 256)), font=ImageFont.load_default())
+        image.convert("RGB").resize((28, 28), Image.Resampling.BILINEAR).save(folder / f"data/{k}.png")
+    rows = [f"{k}.png,{k % 10}\n" for k in range(40)]
+    for split in ("train", "val"):
+        (folder / f"{split}.csv").write_text("image_name,label\n" + "".join(rows))
+    return tmp_path
+
+
+def test_training_learns(tmp_path, printed_digits, capsys):
+    call("--train", printed_digits, "--epochs", 100, "--checkpoint", tmp_path / "new/Classifier.pth")
+    accuracies = [float(x) for x in re.findall(r"validation accuracy ([\d.]+) %", capsys.readouterr().out)]
+    assert len(accuracies) == 100
+    assert accuracies[-1] > 80, accuracies[::10]  # by chance 10 %
+    assert list(torch.load(tmp_path / "new/Classifier.pth", weights_only=True)) == ["state_dict"]  # as the course's
+    images, labels, _ = load_split(printed_digits, "mnistm", "val")
+    model = digit_classifier.load_classifier(tmp_path / "new/Classifier.pth")
+    right = (digit_classifier.classify(model, images)[1] == labels).float().mean().item()
+    assert 100 * right == pytest.approx(accuracies[-1], abs=0.01)  # two decimals are printed
+    with pytest.raises(UserError, match="is a folder"):
+        call("--train", printed_digits, "--checkpoint", tmp_path / "new")
+
+
+def test_augmentation_keeps_shape_and_range_and_differs_by_image():
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 28, 28).expand(8, -1, -1, -1) * 2 - 1
+    out = digit_classifier.augment(x)
+    assert out.shape == x.shape and out.abs().max() <= 1
+    assert min((a - b).abs().max() for i, a in enumerate(out) for b in out[:i]) > 0.1
