@@ -14,12 +14,14 @@ unset CDPATH
 source_dir=""
 if [ $# -eq 1 ]; then
     if [ ! -d "$1" ]; then
-        echo "get_dataset.sh: error: there is no folder $1; name the one that holds the public files" >&2
+        echo "get_dataset.sh: error: there is no folder '$1'; name the one that holds the public files" >&2
         exit 2
     fi
     source_dir="$(cd -- "$1" && pwd)"
 fi
-cd "$(dirname "${BASH_SOURCE[0]}")"
+script=${BASH_SOURCE:-$0}  # or a link to it
+while to=$(readlink "$script"); do case $to in /*) script=$to ;; *) script=$(dirname "$script")/$to ;; esac; done
+cd "$(dirname "$script")"
 partial="hw2_data/.partial"  # inside, so that moving a part is a rename wherever hw2_data/ lies
 trap 'rm -rf "$partial"; rmdir hw2_data 2> /dev/null || true' EXIT
 course_zip="https://drive.google.com/uc?id=1XUl4tqq3kKyWRe2lyHZ8s7U9yc_x3mWT"

@@ -8,7 +8,9 @@ set -euo pipefail
 unset CDPATH
 
 [ "${1:-}" != --help ] || { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit; }
-cd "$(dirname "${BASH_SOURCE[0]}")"
+script=${BASH_SOURCE:-$0}  # or a link to it
+while to=$(readlink "$script"); do case $to in /*) script=$to ;; *) script=$(dirname "$script")/$to ;; esac; done
+cd "$(dirname "$script")"
 manifest=checkpoints.csv
 
 size() { wc -c < "$1" | tr -d ' '; }
@@ -28,7 +30,7 @@ if [ "${1:-}" = --update ]; then
     {
         echo "path,bytes,sha256,address"
         [ -z "$with_address" ] || echo "$with_address"
-        for path in Classifier.pth p?_*/checkpoints/*.pt; do
+        for path in *.pth */checkpoints/*.pt; do
             [ -f "$path" ] || continue
             cut -d , -f 1 <<< "$with_address" | grep -qxF "$path" && continue
             echo "$path,$(size "$path"),$(sha256 "$path"),in the repository"
@@ -60,7 +62,7 @@ while IFS=, read -r path bytes sha256 address || [ -n "$path" ]; do
     else
         bad+=("$path: missing; 'git checkout -- $path' brings it back")
     fi
-done < <(tail -n +2 "$manifest")
+done < <(tail -n +2 "$manifest" | tr -d '\r')
 
 if [ ${#bad[@]} -gt 0 ]; then
     echo "${#bad[@]} of $count checkpoints are missing or damaged:" >&2

@@ -54,7 +54,8 @@ def image_grid(path, images, columns, row_names=(), column_names=(), width=TEXT_
     rows, (height_of_one, width_of_one) = len(images) // columns, images.shape[-2:]
     height = width * rows * height_of_one / (columns * width_of_one)
     figure, axes = plt.subplots(figsize=(width, height + 0.2 * bool(column_names)))
-    axes.imshow(make_grid(images, nrow=columns, padding=1, pad_value=255).permute(1, 2, 0), interpolation="none")
+    grid = make_grid(images, nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
+    axes.imshow(grid, interpolation="none")
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.set_xticks([(width_of_one + 1) * (i + 0.5) for i in range(len(column_names))], column_names)
@@ -63,16 +64,16 @@ def image_grid(path, images, columns, row_names=(), column_names=(), width=TEXT_
     save(path, figure)
 
 
-def points_with_bars(axes, x, mean, std, **style):
+def points_with_bars(axes, x, mean, std, color, marker="o", label=None):
     """Draws `mean` at `x` with bars of one standard deviation; arrays of one length.
 
     `std` is NaN where there is one seed alone: that point is hollow. A line joins the points when none is.
     """
     x, mean, std = (np.asarray(values, dtype=float) for values in (x, mean, std))
     alone = np.isnan(std)
-    fmt = "o" if alone.any() else "o-"
-    bars = axes.errorbar(x[~alone], mean[~alone], std[~alone], fmt=fmt, capsize=2, **style)
-    axes.plot(x[alone], mean[alone], "o", markerfacecolor="white", color=bars.lines[0].get_color())
+    axes.errorbar(x[~alone], mean[~alone], std[~alone], color=color, marker=marker, label=label, capsize=2,
+                  linestyle="none" if alone.any() else "-")
+    axes.plot(x[alone], mean[alone], color=color, marker=marker, markerfacecolor="white", linestyle="none")
 
 
 def draw_digits(axes, points, digits):
@@ -92,11 +93,6 @@ def _draw_groups(axes, points, groups):
     axes.spines[:].set_visible(True)
 
 
-def point_legend(axes):
-    """A legend of what draw_digits or draw_domains has drawn, at the right of the axes."""
-    axes.legend(markerscale=3, handletextpad=0, borderpad=0, loc="upper left", bbox_to_anchor=(1, 1))
-
-
 def tsne_pictures(path, points, digits, is_target, names):
     """Writes an embedding as two pictures side by side: draw_digits and draw_domains."""
     figure, (by_digit, by_domain) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 2.6))
@@ -104,5 +100,5 @@ def tsne_pictures(path, points, digits, is_target, names):
     draw_domains(by_domain, points, is_target, names)
     for axes, title in (by_digit, "by digit"), (by_domain, "by domain"):
         axes.set_title(title)
-        point_legend(axes)
+        axes.legend(markerscale=3, handletextpad=0, loc="upper left", bbox_to_anchor=(1, 1))
     save(path, figure)

@@ -120,15 +120,15 @@ def markdown(rows):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.checkpoint, "p1_ddpm", ["metrics", "config"])
-    epochs, timesteps = checkpoint["metrics"][-1]["epoch"], checkpoint["config"]["schedule"]["timesteps"]
+    _, alphas_cumprod = load_model(args.checkpoint)
+    epochs = load_checkpoint(args.checkpoint, "p1_ddpm", ["metrics"])["metrics"][-1]["epoch"]
     digest = digest_of(args.checkpoint)
     flags = dict(sampling_of(args)._asdict(), seed=args.seed, weights=args.weights, per_class=args.per_class)
     check_output_file(args.output)
     judge = Judge(args.data_dir)
     rows = pd.read_csv(args.output, dtype=str).to_dict("records") if args.output.exists() else []
     for name in args.tables:
-        for setting in settings(name, timesteps, flags):
+        for setting in settings(name, len(alphas_cumprod) - 1, flags):
             row = dict(checkpoint=digest, epochs=f"{epochs:g}", **as_text(setting))
             same = [old for old in rows if all(str(old[key]) == value for key, value in row.items())]
             if any(old["table"] == name for old in same):

@@ -77,8 +77,9 @@ def architecture(path, model):
         text = f"{SHORT.get(block['kind'], block['kind'])}\n{block['channels'][0]}\n→ {block['channels'][1]}"
         axes.text(x, y, text, ha="center", va="center")
         if i:
-            axes.add_patch(FancyArrowPatch(place[blocks[i - 1]["name"]], (x, y), shrinkA=16, shrinkB=16,
-                                           arrowstyle="-|>", mutation_scale=6))
+            x0, y0 = place[blocks[i - 1]["name"]]
+            axes.add_patch(FancyArrowPatch((x0 + 0.48, y0), (x - 0.48, y), shrinkA=0, shrinkB=0, arrowstyle="-|>",
+                                           mutation_scale=6))
         if block["conditioned"]:
             axes.plot([x, x], [1.25, y + 0.5], color=PURPLE, zorder=0)
         if block["skip"]:
@@ -143,8 +144,8 @@ def losses(path, metrics):
 def over_seeds(rows, *varying):
     """Means over the seeds of the `rows` that differ from the shipped setting in the flags `varying` alone."""
     fixed = {flag: value for flag, value in as_text(DEFAULTS).items()
-             if flag not in (*varying, "seed", "weights", "per_class")}
-    alike = (rows[list(fixed)] == pd.Series(fixed)).all(axis=1)
+             if flag not in (*varying, "seed", "per_class")}
+    alike = (rows[list(fixed)] == pd.Series(fixed)).all(axis=1) & (rows.table != "ema")  # of another checkpoint
     return means(rows[alike].drop_duplicates(FLAGS)).astype(dict(steps=int, guidance=float))
 
 
@@ -160,8 +161,9 @@ def guidance_figure(path, rows):
 
 
 def steps_figure(path, rows):
-    """Frechet ratio and diversity against the number of steps, one series for each sampler and spacing."""
-    table = over_seeds(rows, "sampler", "steps", "spacing")
+    """Frechet ratio and diversity against the number of steps, one series for each sampler and spacing; a line for all
+    steps of Algorithm 2."""
+    table = over_seeds(rows[rows.table != "reference"], "sampler", "steps", "spacing")
     series = [(SAMPLER_NAMES[name], name, "log_snr") for name in SAMPLER_NAMES]
     series.append(("DDIM, equal strides in t", "ddim", "uniform"))
     figure, panels = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 1.9))
@@ -170,7 +172,9 @@ def steps_figure(path, rows):
         for axes, column in zip(panels, ("frechet_ratio", "diversity")):
             points_with_bars(axes, group.steps, group[column], group[f"{column}_std"], color=colour, marker=marker,
                              label=name)
-    for axes, label in zip(panels, ("Fréchet ratio", "diversity")):
+    for axes, column, label in zip(panels, ("frechet_ratio", "diversity"), ("Fréchet ratio", "diversity")):
+        for row in rows[rows.table == "reference"].to_dict("records"):
+            axes.axhline(row[column], color=VERMILION, linestyle="--", label=f"{SAMPLER_NAMES['ddpm']}, all steps")
         axes.set(xlabel="steps", ylabel=label, xscale="log")
         ticks = sorted(set(table.steps))
         axes.set_xticks(ticks, ticks)
@@ -249,7 +253,7 @@ def build(folder, checkpoints, data_dir, device, quick):
     judge = Judge(data_dir)
     blocks = architecture(folder / "p1_architecture.svg", model)
     grid, states = digits_of_same_noise(model, alphas_cumprod, device)
-    image_grid(folder / "p1_grid.svg", grid, 10, row_names=range(10), column_names=range(1, 11), width=4.5)
+    image_grid(folder / "p1_grid.svg", grid, 10, row_names=range(10), column_names=range(1, 11), width=3.8)
     save_png(folder / "p1_strip.png", make_grid(grid, nrow=10, padding=1, pad_value=255))
     shares = reverse_process(folder / "p1_states.svg", states, alphas_cumprod)
     losses(folder / "p1_losses.svg", metrics)
@@ -258,8 +262,8 @@ def build(folder, checkpoints, data_dir, device, quick):
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), blocks=len(blocks), epochs=metrics[-1]["epoch"],
         minutes=sum(epoch["seconds"] for epoch in metrics) / 60, loss=metrics[-1]["loss"],
-        quarters=[metrics[i]["loss_quarters"] for i in (0, -1)], sampling=Sampling()._asdict(), shares=shares,
-        schedule=content["config"]["schedule"], recipe=content["recipe"],
+        quarters=[metrics[i]["loss_quarters"] for i in (0, -1)], sampling=Sampling()._asdict(),
+        shares=shares, visited=list(states), schedule=content["config"]["schedule"], recipe=content["recipe"],
         quality=quality(model, alphas_cumprod, judge, device, 3 if quick else 100),
         results=as_records(rows), pooled=as_records(over_seeds(rows)),
         **{table: as_records(means(rows[rows.table == table]).sort_values("frechet_ratio"))

@@ -3,7 +3,7 @@
 import json
 
 from dataset import DOMAIN_NAMES, load_split
-from plots import (BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, draw_digits, draw_domains, plt, point_legend, save)
+from plots import (BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, draw_digits, draw_domains, plt, save)
 from utils import UserError
 
 import numpy as np
@@ -52,10 +52,11 @@ def tsne_figure(path, embeddings):
             points, digits, is_target = embedding[when]
             draw_digits(row[i], points, digits)
             draw_domains(row[2 + i], points, is_target, ("source", "target"))
-    for axes, title in zip(panels[0], ("before", "after", "before", "after")):
+    for axes, title in zip(panels[0], ("before, by digit", "after, by digit", "before, by domain", "after, by domain")):
         axes.set_title(title)
-    point_legend(panels[0][1])
-    point_legend(panels[0][3])
+    for axes, place in (panels[0][0], "outside lower left"), (panels[0][2], "outside lower right"):
+        figure.legend(*axes.get_legend_handles_labels(), loc=place, ncol=10, markerscale=3, handletextpad=0,
+                      columnspacing=1)
     save(path, figure)
 
 
@@ -80,12 +81,12 @@ def confusion_figure(path, matrices):
     """Draws {pair: confusion matrix} side by side, in per cent of each true digit."""
     figure, panels = plt.subplots(1, len(matrices), figsize=(TEXT_WIDTH, 2.7))
     for axes, (pair, counts) in zip(panels, matrices.items()):
-        shares = counts / counts.sum(dim=1, keepdim=True)
+        shares = (counts / counts.sum(dim=1, keepdim=True)).numpy()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none")
         axes.grid(False)
         for row in range(10):
             for column in range(10):
-                share = shares[row, column].item()
+                share = shares[row, column]
                 axes.text(column, row, round(100 * share), ha="center", va="center",
                           color="white" if share > 0.5 else "black")
         axes.set(title=scenario(pair), xlabel="answer", ylabel="true digit", xticks=range(10), yticks=range(10))

@@ -45,10 +45,10 @@ def flags_of(script):
             for action in parser_of(script)._actions if action.dest != "help"}
 
 
-def script_of(wrapper):
-    """The script to which a wrapper hands all its arguments, or None."""
-    found = re.search(r'python3 "\$\w+/([\w/]+\.py)" .*"\$@"', (ROOT / wrapper).read_text())
-    return found and found[1]
+def called_by(wrapper):
+    """(script, words that come first) to which a wrapper hands all its arguments, or None."""
+    found = re.search(r'^exec python3 ".*?/(\w+/\w+\.py)" (.*)"\$@"$', (ROOT / wrapper).read_text(), re.MULTILINE)
+    return found and (found[1], found[2].split())
 
 
 # --- Flags --------------------------------------------------------------------------------------
@@ -131,33 +131,38 @@ def check(words, where):
     if not names or names[0].startswith("tests/"):
         return None
     name, given = names[0], words[words.index(names[0]) + 1:]
+    if where in WRAPPERS and name == Path(where).name:
+        name = where
     assert (ROOT / name).is_file(), f"{where}: there is no {name}"
-    script = name if name.endswith(".py") else script_of(name)
-    if script is None:  # a wrapper that reads its own arguments explains them in its head
-        head = "".join(line for line in (ROOT / name).read_text().splitlines(True) if line.startswith("#"))
-        assert all(word in head for word in given if word.startswith("--")), f"{where}: {shlex.join(words)}"
-        return name
+    if name.endswith(".sh"):
+        called = called_by(name)
+        if not called:  # a wrapper that reads its own arguments explains them in its head
+            head = "".join(line for line in (ROOT / name).read_text().splitlines(True) if line.startswith("#"))
+            assert all(word in head for word in given if word.startswith("--")), f"{where}: {shlex.join(words)}"
+            return name
+        name, given = called[0], called[1] + given
+        assert (ROOT / name).is_file(), f"{where} calls {name}, which is not there"
     if given == ["--help"]:
-        return script
-    assert {word.split("=")[0] for word in given if word.startswith("--")} <= flags_of(script).keys(), where
+        return name
+    assert {word.split("=")[0] for word in given if word.startswith("--")} <= flags_of(name).keys(), where
     try:
-        parser_of(script).parse_args(given)
+        parser_of(name).parse_args(given)
     except (SystemExit, UserError):
         pytest.fail(f"{where}: {shlex.join(words)}")
-    return script
+    return name
 
 
 def test_every_command_in_the_texts_can_be_run():
     seen = set()
     for where, line in commands():
         for command in re.split(r"&&|\|\||;|\|", re.split("#|   ", line.strip())[0]):  # what follows explains it
-            words = [word for word in shlex.split(command) if word not in ("[", "]")]
+            words = shlex.split(re.sub(r"[][]", " ", command))  # brackets say that something may be left out
             for word in words:  # what comes with the repository
                 if re.match(r"requirements[\w-]*\.txt$|p\d_\w+/(checkpoints|noise)", word):
                     assert (ROOT / word).exists(), f"{where}: {line}"
             seen.add(check(words, where))
     assert set(SCRIPTS) <= seen, "a script that no text shows"
-    assert {wrapper for wrapper in WRAPPERS if not script_of(wrapper)} <= seen
+    assert {wrapper for wrapper in WRAPPERS if not called_by(wrapper)} <= seen
 
 
 def test_the_readme_shows_the_house_as_it_is():

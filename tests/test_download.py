@@ -14,7 +14,7 @@ from test_dataset import make_sources, tree
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTS = [path.relative_to(ROOT).as_posix()
-               for pattern in ("Classifier.pth", "p?_*/checkpoints/*.pt") for path in ROOT.glob(pattern)]
+               for pattern in ("*.pth", "*/checkpoints/*.pt") for path in ROOT.glob(pattern)]
 
 
 def bash(folder, script, *args, **environment):
@@ -44,16 +44,21 @@ def manifest(folder, *lines):
     (folder / "checkpoints.csv").write_text("path,bytes,sha256,address\n" + "".join(lines))
 
 
-def test_intact_checkpoints(clone):
-    manifest(clone, line("Classifier.pth", b"weights"), line("p1_ddpm/checkpoints/a.pt", b"a" * 3000))
-    done = bash(clone, "hw2_download.sh")
-    assert done.returncode == 0 and done.stdout == "all 2 checkpoints are there and intact\n", done.stderr
+def test_intact_checkpoints(clone, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/check.sh").symlink_to("../my clone/hw2_download.sh")
+    for end in ("\n", "\r\n"):  # as Git for Windows may have written it
+        manifest(clone, *(text.replace("\n", end) for text in
+                          (line("Classifier.pth", b"weights"), line("p1_ddpm/checkpoints/a.pt", b"a" * 3000))))
+        for folder, script in ((clone, "hw2_download.sh"), (tmp_path / "links", "check.sh")):
+            done = bash(folder, script)
+            assert done.returncode == 0 and done.stdout == "all 2 checkpoints are there and intact\n", done.stderr
 
 
 def test_missing_and_damaged_checkpoints_are_listed(clone):
     (clone / "p1_ddpm/checkpoints/a.pt").write_bytes(b"a" * 2999 + b"b")
     manifest(clone, line("Classifier.pth", b"weights"), line("p1_ddpm/checkpoints/a.pt", b"a" * 3000),
-             line("p3_dann/checkpoints/b.pt", b"b").rstrip())
+             line("p3_dann/checkpoints/b.pt", b"b").replace("\n", "\r"))  # nor does the last line need an end
     failed = bash(clone, "hw2_download.sh")
     assert failed.returncode == 1 and failed.stdout == ""
     assert failed.stderr.splitlines() == [
@@ -81,10 +86,13 @@ def test_downloads_what_has_an_address(clone, tmp_path):
 def test_update_writes_the_manifest(clone):
     elsewhere = line("p3_dann/checkpoints/big.pt", b"big", "https://example.org/big.pt")
     manifest(clone, line("Classifier.pth", b"old weights"), line("p1_ddpm/checkpoints/gone.pt", b"x"), elsewhere)
+    (clone / "Another.pth").write_bytes(b"more")
+    (clone / "p9_new/checkpoints").mkdir(parents=True)
+    (clone / "p9_new/checkpoints/b.pt").write_bytes(b"b")
     assert bash(clone, "hw2_download.sh", "--update").returncode == 0
     assert (clone / "checkpoints.csv").read_text() == (
-        "path,bytes,sha256,address\n" + elsewhere + line("Classifier.pth", b"weights")
-        + line("p1_ddpm/checkpoints/a.pt", b"a" * 3000))
+        "path,bytes,sha256,address\n" + elsewhere + line("Another.pth", b"more") + line("Classifier.pth", b"weights")
+        + line("p1_ddpm/checkpoints/a.pt", b"a" * 3000) + line("p9_new/checkpoints/b.pt", b"b"))
     assert bash(clone, "hw2_download.sh", "--upgrade").returncode == 2
 
 
@@ -111,7 +119,7 @@ def repository(tmp_path):
     folder, stubs = tmp_path / "my clone", tmp_path / "stubs"
     for path in (folder, stubs):
         path.mkdir()
-    for name in ("get_dataset.sh", "build_dataset.py", "utils.py"):
+    for name in ("get_dataset.sh", "build_dataset.py", "startup.py", "utils.py", "files.py", "dataset.py"):
         shutil.copy(ROOT / name, folder)
     (stubs / "gdown.py").write_text(
         "import os, shutil, sys\n"
@@ -138,8 +146,10 @@ def test_a_source_folder_needs_no_network(repository, source):
     built = tree(folder / "hw2_data")
     assert all(f"digits/{domain}/train.csv" in built for domain in ("mnistm", "svhn", "usps"))
 
+    (folder.parent / "links").mkdir()
+    (folder.parent / "links/get.sh").symlink_to(folder / "get_dataset.sh")
     for arguments, message in (([relative], "complete already; nothing"), ([], "face/ is only in the course's zip")):
-        again = bash(folder, "get_dataset.sh", *arguments, PYTHONPATH=stubs)
+        again = bash(folder.parent / "links", "get.sh", *arguments, PYTHONPATH=stubs)
         assert again.returncode == 0 and message in again.stdout and tree(folder / "hw2_data") == built
 
 
@@ -149,9 +159,10 @@ def test_help(script):
     assert done.returncode == 0 and not done.stderr and script in done.stdout
 
 
-def test_a_source_folder_that_is_not_there(repository):
-    failed = bash(repository[0], "get_dataset.sh", "no where")
-    assert failed.returncode == 2 and "there is no folder no where" in failed.stderr
+@pytest.mark.parametrize("name", ["no where", ""])
+def test_a_source_folder_that_is_not_there(repository, name):
+    failed = bash(repository[0], "get_dataset.sh", name)
+    assert failed.returncode == 2 and f"there is no folder '{name}'" in failed.stderr
 
 
 def test_the_course_s_zip(repository, tmp_path):

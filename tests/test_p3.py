@@ -10,19 +10,27 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from p3_dann import augment, inference, train, tsne
-from p3_dann.evaluate import compare
-from p3_dann.model import Dann, GradientReversal, adapt_statistics, lambda_schedule, load_model, predict, standardize
-from utils import UserError, save_checkpoint, seed_all
+import training
+from files import save_checkpoint
+from p3_dann import augment, evaluate, features, inference, studies, train
+from p3_dann.batches import Batch, draw_batch, load_training_images
+from p3_dann.methods import METHODS, Objective, lambda_schedule, predicted_domain, run_name
+from p3_dann.model import Dann, GradientReversal, load_model
+from p3_dann.prediction import adapt_statistics, predict
+from training import seed_all
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(widths=(4, 4, 4), num_features=8)
+DOMAINS = dict(source="mnistm", target="svhn")
 
 
 def random_images(count, seed=0):
@@ -38,9 +46,14 @@ def write_csv(path, rows):
     path.write_text("".join(f"{','.join(map(str, row))}\n" for row in rows))
 
 
+def close(a, b, rtol=1e-4):
+    """Equal up to `rtol` of the largest value: some float32 roundings, in whatever order sums are taken."""
+    return (a - b).abs().max() <= rtol * b.abs().max()
+
+
 @pytest.fixture
 def tiny_network(monkeypatch):
-    """Makes training use a network that is quick to train."""
+    """Makes training use a network that is quick to train, and epochs of two steps."""
     monkeypatch.setattr(train, "Dann", lambda: Dann(**TINY))
     monkeypatch.setattr(train, "STEPS_PER_EPOCH", 2)
 
@@ -52,7 +65,7 @@ def call(monkeypatch, module, *argv):
 
 def train_tiny(monkeypatch, data_dir, output_dir, *flags):
     call(monkeypatch, train, "--data_dir", data_dir, "--output_dir", output_dir, "--epochs", 2, "--batch_size", 8,
-         "--device", "cpu", *flags)
+         "--warmup", 1, "--device", "cpu", *flags)
     return torch.load(output_dir / "model.pt", weights_only=True)["ema"]
 
 
@@ -60,7 +73,51 @@ def same_tensors(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- The adversary ------------------------------------------------------------------------------
+# --- The methods --------------------------------------------------------------------------------
+
+@pytest.fixture
+def single_process():
+    """A group of one process, so that DistributedDataParallel does all that it does for several."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns(name, data_dir, single_process):
+    """On one batch the class loss falls; what has a part in the loss changes, and nothing else."""
+    method = METHODS[name]
+    seed_all(0)
+    images, labels = load_training_images(data_dir, method, DOMAINS)
+    assert list(images) == [DOMAINS[role] for role in method.domains] and len(labels) == 40
+    batch = draw_batch(images, labels, 16)
+    assert len(batch.unlabelled) == len(method.unlabelled)
+    assert all(view.shape == (16, 1, 28, 28) for view in (batch.images, *batch.unlabelled))
+    model = Dann(**TINY, dropout=0.0)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    objective = nn.parallel.DistributedDataParallel(Objective(model, method, dict.fromkeys(method.flags, 1.0)),
+                                                    static_graph=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(10):
+        loss, metrics = objective(batch, step / 10)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(metrics["loss"].item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(value.shape == () and value.isfinite() and not value.requires_grad for value in metrics.values())
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    unused = set() if method.unlabelled else {name for name in before if name.startswith("discriminator")}
+    assert changed == before.keys() - unused
+
+
+def test_names_follow_from_what_a_method_sees():
+    assert [run_name(name, "usps", "svhn") for name in ("source_only", "dann", "target_only")] == [
+        "usps_source_only", "usps_svhn_dann", "svhn_target_only"]
+    assert [predicted_domain(dict(method=name, **DOMAINS)) for name in ("source_only", "dann", "target_only")] == [
+        "mnistm", "svhn", "svhn"]
+
 
 def test_gradient_reversal_negates_and_scales():
     x = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
@@ -78,13 +135,16 @@ def test_domain_loss_reaches_features_reversed_and_discriminator_upright():
     nn.init.constant_(model.features.weight, 0.5)
     nn.init.constant_(model.discriminator.weight, 2.0)
     nn.init.zeros_(model.classifier.weight)  # so that the class loss sends no gradient to the features
-    source, target, lambda_ = torch.tensor([[1.0]]), torch.tensor([[3.0]]), 0.1
-    loss, _ = train.losses(model, source, torch.tensor([4]), target, lambda_)
+    batch = Batch(torch.tensor([[1.0]]), torch.tensor([4]), [torch.tensor([[3.0]])])
+    loss, metrics = METHODS["dann"](model, batch, progress=0.25, lambda_max=0.1)
     loss.backward()
     by_logit = [torch.sigmoid(torch.tensor(1.0)).item() / 2, (torch.sigmoid(torch.tensor(3.0)).item() - 1) / 2]
     assert model.discriminator.weight.grad.item() == pytest.approx(by_logit[0] * 0.5 + by_logit[1] * 1.5, rel=1e-5)
     upright = by_logit[0] * 2.0 * 1.0 + by_logit[1] * 2.0 * 3.0
+    lambda_ = lambda_schedule(0.25, 0.1)
     assert model.features.weight.grad.item() == pytest.approx(-lambda_ * upright, rel=1e-5)
+    assert metrics["lambda_"].item() == pytest.approx(lambda_, rel=1e-6)
+    assert metrics["domain_accuracy"] == 0.5  # the target's logit is 3, the source's 1: both are taken for the target's
 
 
 def test_lambda_schedule():
@@ -94,107 +154,6 @@ def test_lambda_schedule():
     values = [lambda_schedule(p / 20) for p in range(21)]
     assert values == sorted(values)
 
-
-# --- The network's input and statistics ---------------------------------------------------------
-
-def test_standardize():
-    images = random_images(4)
-    x = standardize(images)
-    assert x.shape == (4, 1, 28, 28)
-    assert torch.allclose(x.mean(dim=(1, 2, 3)), torch.zeros(4), atol=1e-5)
-    assert ((x.std(dim=(1, 2, 3)) - 1).abs() < 0.1).all()
-    dim = standardize(images.float() * 0.5 + 60)  # contrast and brightness do not count
-    assert torch.allclose(dim / dim.std(), x / x.std(), atol=0.02)
-    assert torch.equal(standardize(torch.full((1, 3, 28, 28), 77, dtype=torch.uint8)), torch.zeros(1, 1, 28, 28))
-
-
-def test_adapt_statistics_takes_those_of_the_images():
-    model, images = Dann(**TINY), random_images(30)
-    adapt_statistics(model, images)
-    first_convolution, norm = model.features[0][0], model.features[0][1]
-    with torch.no_grad():
-        out = first_convolution(standardize(images))
-    assert torch.allclose(norm.running_mean, out.mean(dim=(0, 2, 3)), atol=1e-5)
-    assert torch.allclose(norm.running_var, out.var(dim=(0, 2, 3)), rtol=1e-4)
-    assert not model.training
-
-
-def test_prediction_is_in_evaluation_mode_and_independent_of_the_batch():
-    seed_all(0)
-    model, images = Dann(**TINY), random_images(23)
-    adapt_statistics(model, images)
-    expected = predict(model, images)
-    model.train()  # dropout and batch statistics would show
-    for batch_size in (1, 7, 23):
-        assert torch.allclose(predict(model, images, batch_size), expected, atol=1e-6)
-    assert not model.training
-    assert torch.allclose(expected.sum(dim=1), torch.ones(23), atol=1e-5)
-
-
-def test_prediction_is_the_mean_over_views():
-    seed_all(0)
-    model, images = Dann(**TINY), random_images(9)
-    adapt_statistics(model, images)
-    looks = list(augment.views(images))
-    plain = standardize(images)
-    assert len(looks) == 3 and torch.allclose(looks[1], -plain, atol=1e-4)
-    with torch.no_grad():
-        mean = torch.stack([model(look).softmax(dim=1) for look in looks]).mean(dim=0)
-        assert torch.allclose(predict(model, images), mean, atol=1e-6)
-        assert torch.allclose(predict(model, images, average=False), model(plain).softmax(dim=1), atol=1e-6)
-    # The magnified view shows the middle of the image, larger.
-    square = torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
-    square[..., 4:24, 4:24] = 255
-    small, inverted, large = (look > 0 for look in augment.views(square))
-    assert small.sum() < 20 ** 2 < large.sum() and inverted.sum() == 28 ** 2 - 20 ** 2
-
-
-def test_parts_of_the_augmentation_can_be_left_out():
-    images = random_images(8)
-    assert torch.equal(augment.augment_source(images, augment.PARTS), standardize(images))
-    still = [part for part in augment.PARTS if part != "intensity"]
-    mirrored = augment.augment_target(images, still)  # only intensity: shape as before, up to polarity and noise
-    plain = standardize(images)
-    correlation = (mirrored * plain).mean(dim=(1, 2, 3)) / (mirrored.std(dim=(1, 2, 3)) * plain.std(dim=(1, 2, 3)))
-    assert (correlation.abs() > 0.8).all()
-    seed_all(0)
-    alone = augment.augment_source(images, ["neighbours"])
-    seed_all(0)
-    assert not torch.equal(alone, augment.augment_source(images))
-
-
-# --- Augmentation -------------------------------------------------------------------------------
-
-def test_augmentation_without_randomness_changes_nothing():
-    images = torch.rand(3, 1, 28, 28)
-    still = augment.random_affine(images, zoom=(1, 1), stretch=0, degrees=0, shear=0, shift=0)
-    assert torch.allclose(still, images, atol=1e-4)
-    assert torch.equal(augment.random_sharpness(images, sharpen=0, blur=0), images)
-    plain = augment.random_intensity(images, scale=(1, 1), offset=0, noise=0)
-    assert torch.equal(plain.abs(), images)
-
-
-def test_row_of_digits_keeps_the_digit_in_the_middle():
-    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 28, 28)
-    row = augment.row_of_digits(images, columns=20)
-    assert row.shape == (5, 1, 28, 60)
-    assert torch.equal(row[..., 20:40], images[..., 4:24])
-    middle = augment.random_affine(row, zoom=(1, 1), stretch=0, degrees=0, shear=0, shift=0)[..., 4:24]
-    assert torch.allclose(middle, images[..., 4:24], atol=1e-4)
-
-
-def test_random_affine_zooms():
-    images = torch.zeros(1, 1, 28, 28)
-    images[..., 9:19, 9:19] = 1  # 100 pixels
-    twice = augment.random_affine(images, zoom=(2, 2), stretch=0, degrees=0, shear=0, shift=0)
-    assert twice.sum().item() == pytest.approx(400, rel=0.02)
-    turned = augment.random_affine(images, zoom=(1, 1), stretch=0, degrees=45, shear=0, shift=0)
-    assert turned.sum().item() == pytest.approx(100, rel=0.05)
-    moved = augment.random_affine(images, zoom=(1, 1), stretch=0, degrees=0, shear=0, shift=0.2)
-    assert moved.sum().item() == pytest.approx(100, rel=0.01) and not torch.allclose(moved, images, atol=0.1)
-
-
-# --- Training -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(3))
 def test_dann_beats_source_only_on_a_shifted_domain(seed):
@@ -211,20 +170,128 @@ def test_dann_beats_source_only_on_a_shifted_domain(seed):
 
     source, target = place(labels, False), place(target_labels, True)
     accuracy = {}
-    for mode in ("source", "dann"):
+    for name, settings in (("source_only", {}), ("dann", dict(lambda_max=0.1))):
         seed_all(seed)
         model = Dann(**TINY, num_classes=2, dropout=0.0)
         model.features, model.classifier, model.discriminator = nn.Linear(2, 4), nn.Linear(4, 2), nn.Linear(4, 1)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        for step in range(400):
-            loss, _ = train.losses(model, source, labels, target if mode == "dann" else None,
-                                   lambda_schedule(step / 400, 0.1))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+        for step in range(150):
+            loss, _ = METHODS[name](model, Batch(source, labels, [target]), step / 150, **settings)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        accuracy[mode] = train.hits(model(target), target_labels).item()
-    assert accuracy["source"] < 0.7 and accuracy["dann"] > 0.95
+        accuracy[name] = (model(target).argmax(dim=1) == target_labels).float().mean().item()
+    assert accuracy["source_only"] < 0.7 and accuracy["dann"] > 0.9
 
+
+# --- The network's input and statistics ---------------------------------------------------------
+
+def test_standardize():
+    images = random_images(4)
+    x = augment.standardize(images)
+    assert x.shape == (4, 1, 28, 28)
+    assert x.mean(dim=(1, 2, 3)).abs().max() < 1e-5 * x.std()
+    assert ((x.std(dim=(1, 2, 3)) - 1).abs() < 0.1).all()
+    dim = augment.standardize(images.float() * 0.5 + 60)  # contrast and brightness do not count
+    assert close(dim / dim.std(), x / x.std(), rtol=0.01)
+    flat = torch.full((1, 3, 28, 28), 77, dtype=torch.uint8)
+    assert torch.equal(augment.standardize(flat), torch.zeros(1, 1, 28, 28))
+
+
+def test_adapt_statistics_takes_those_of_the_images():
+    seed_all(0)
+    model, images = Dann(**TINY), random_images(30)
+    adapt_statistics(model, images)
+    first_convolution, norm = model.features[0][0], model.features[0][1]
+    with torch.no_grad():
+        out = first_convolution(augment.standardize(images))
+    assert (norm.running_mean - out.mean(dim=(0, 2, 3))).abs().max() < 1e-4 * out.std()
+    assert close(norm.running_var, out.var(dim=(0, 2, 3)))
+    assert not model.training
+
+
+def test_prediction_is_in_evaluation_mode_and_independent_of_the_batch():
+    seed_all(0)
+    model, images = Dann(**TINY), random_images(9)
+    adapt_statistics(model, images)
+    expected = predict(model, images)
+    model.train()  # dropout and batch statistics would show
+    for batch_size in (1, 4, 9):
+        assert close(predict(model, images, batch_size), expected)
+    assert not model.training
+    assert close(expected.sum(dim=1), torch.ones(9))
+
+
+def test_prediction_is_the_mean_over_views():
+    seed_all(0)
+    model, images = Dann(**TINY), random_images(9)
+    adapt_statistics(model, images)
+    looks = list(augment.views(images))
+    plain = augment.standardize(images)
+    assert len(looks) == 3 and close(looks[1], -plain, rtol=1e-3)
+    with torch.no_grad():
+        mean = torch.stack([model(look).softmax(dim=1) for look in looks]).mean(dim=0)
+        assert close(predict(model, images), mean)
+        assert close(predict(model, images, average=False), model(plain).softmax(dim=1))
+    # The magnified view shows the middle of the image, larger.
+    square = torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
+    square[..., 4:24, 4:24] = 255
+    small, inverted, large = (look > 0 for look in augment.views(square))
+    assert small.sum() < 20 ** 2 < large.sum() and inverted.sum() == 28 ** 2 - 20 ** 2
+
+
+def test_a_prediction_that_is_nan_is_told():
+    seed_all(0)
+    model = Dann(**TINY)
+    adapt_statistics(model, random_images(9))
+    model.features[0][1].running_var.fill_(-1.0)  # finite, but its root is not
+    with pytest.raises(UserError, match="image 1 comes out as NaN"):
+        predict(model, random_images(3))
+
+
+# --- Augmentation -------------------------------------------------------------------------------
+
+def test_augmentation_without_randomness_changes_nothing():
+    images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(augment.random_sharpness(images, sharpen=0, blur=0), images)
+    plain = augment.random_intensity(images, scale=(1, 1), offset=0, noise=0)
+    assert torch.equal(plain.abs(), images)
+
+
+def test_row_of_digits_keeps_the_digit_in_the_middle():
+    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 28, 28)
+    row = augment.row_of_digits(images, columns=20)
+    assert row.shape == (5, 1, 28, 60)
+    assert torch.equal(row[..., 20:40], images[..., 4:24])
+
+
+def test_parts_of_the_augmentation_can_be_left_out():
+    images = random_images(8)
+    assert torch.equal(augment.augment(images, "mnistm", augment.PARTS), augment.standardize(images))
+    still = [part for part in augment.PARTS if part != "intensity"]
+    seed_all(0)
+    mirrored = augment.augment(images, "svhn", still)  # only intensity: shape as before, up to polarity and noise
+    plain = augment.standardize(images)
+    correlation = (mirrored * plain).mean(dim=(1, 2, 3)) / (mirrored.std(dim=(1, 2, 3)) * plain.std(dim=(1, 2, 3)))
+    assert (correlation.abs() > 0.8).all()
+
+
+def test_augmentation_is_a_property_of_the_domain():
+    """A blot in the middle: MNIST-M's become larger than SVHN's, and have neighbours unless these are left out."""
+    images = torch.zeros(200, 3, 28, 28, dtype=torch.uint8)
+    images[:, :, 8:20, 8:20] = 255
+    still = ["sharpness", "intensity"]
+    area, edge = {}, {}
+    for domain, without in (("mnistm", still), ("mnistm", [*still, "neighbours"]), ("svhn", still), ("usps", still)):
+        seed_all(0)
+        bright = augment.augment(images, domain, without) > 0
+        area[domain, len(without)] = bright.sum(dim=(1, 2, 3)).max().item()
+        edge[domain, len(without)] = bright[..., :3].flatten(1).any(dim=1).float().mean().item()
+    assert area["mnistm", 3] > 1.4 * area["svhn", 2] and area["svhn", 2] == area["usps", 2]
+    assert edge["mnistm", 2] > 0.3 > edge["mnistm", 3] and edge["svhn", 2] < 0.1
+
+
+# --- Training -----------------------------------------------------------------------------------
 
 def test_target_labels_do_not_matter_to_dann(monkeypatch, tmp_path, data_dir, tiny_network):
     expected = train_tiny(monkeypatch, data_dir, tmp_path / "plain")
@@ -243,54 +310,62 @@ def test_target_labels_do_not_matter_to_dann(monkeypatch, tmp_path, data_dir, ti
         assert same_tensors(train_tiny(monkeypatch, changed, tmp_path / variant), expected)
 
 
-def test_mode_source_needs_no_target(monkeypatch, tmp_path, data_dir, tiny_network):
+@pytest.mark.parametrize("method, domain", [("source_only", "mnistm"), ("target_only", "svhn")])
+def test_a_method_of_one_domain_needs_no_other(monkeypatch, tmp_path, data_dir, tiny_network, method, domain):
     lonely = tmp_path / "data"
-    shutil.copytree(data_dir / "digits" / "mnistm", lonely / "digits" / "mnistm")
-    weights = train_tiny(monkeypatch, lonely, tmp_path / "out", "--mode", "source")
-    assert same_tensors(weights, train_tiny(monkeypatch, data_dir, tmp_path / "again", "--mode", "source"))
-
-
-def test_mode_target_needs_no_source(monkeypatch, tmp_path, data_dir, tiny_network):
-    lonely = tmp_path / "data"
-    shutil.copytree(data_dir / "digits" / "usps", lonely / "digits" / "usps")
-    train_tiny(monkeypatch, lonely, tmp_path / "out", "--mode", "target", "--target", "usps")
+    shutil.copytree(data_dir / "digits" / domain, lonely / "digits" / domain)
+    weights = train_tiny(monkeypatch, lonely, tmp_path / "out", "--method", method)
     report = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert set(report["validation_accuracy"]) == {"usps"}
+    assert set(report["validation_accuracy"]) == {domain}
+    assert same_tensors(weights, train_tiny(monkeypatch, data_dir, tmp_path / "again", "--method", method))
 
 
-def test_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path, data_dir, tiny_network):
+@pytest.mark.parametrize("when", ["second epoch", "end"])
+def test_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path, data_dir, tiny_network, when):
     expected = train_tiny(monkeypatch, data_dir, tmp_path / "whole")
+    write_jsonl = training.write_jsonl
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    def interrupt(path, rows):
+        if len(rows) == 2 and (when == "second epoch" or "validation_accuracy" in rows[-1]):
+            raise KeyboardInterrupt
+        write_jsonl(path, rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "write_jsonl", interrupt)  # called when the first epoch is saved
+        patch.setattr(training, "write_jsonl", interrupt)
         train_tiny(patch, data_dir, tmp_path / "parts")
     assert not (tmp_path / "parts" / "model.pt").exists()
     assert same_tensors(train_tiny(monkeypatch, data_dir, tmp_path / "parts", "--resume"), expected)
     whole, parts = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
                     for name in ("whole", "parts"))
     for line in whole + parts:
-        line.pop("seconds", None)
-    assert parts == whole and len(whole) == 3
-    assert {"loss", "source", "domain", "lambda_", "confident"} <= whole[0].keys()
+        del line["seconds"], line["images_per_second"]
+    assert parts == whole and [line["step"] for line in whole] == [2, 4]
+    assert {"loss", "accuracy", "domain_loss", "domain_accuracy", "lambda_", "confident"} <= whole[0].keys()
+    _, recipe = load_model(tmp_path / "parts" / "model.pt")
+    assert (recipe["method"], recipe["source"], recipe["target"]) == ("dann", "mnistm", "svhn")
 
 
 def test_training_changes_the_weights_and_seeds_differ(monkeypatch, tmp_path, data_dir, tiny_network):
     first, second = (train_tiny(monkeypatch, data_dir, tmp_path / seed, "--seed", seed) for seed in "01")
     assert not torch.equal(first["features.0.0.weight"], second["features.0.0.weight"])
     seed_all(0)
-    assert not torch.allclose(first["features.0.0.weight"].float(), Dann(**TINY).features[0][0].weight, atol=1e-3)
+    untrained = Dann(**TINY).features[0][0].weight
+    assert not close(first["features.0.0.weight"].float(), untrained, rtol=1e-2)
 
 
 def test_mistakes_in_training_are_told(monkeypatch, tmp_path, data_dir, tiny_network):
-    with pytest.raises(UserError, match="two domains"):
-        train_tiny(monkeypatch, data_dir, tmp_path / "out", "--source", "svhn")
+    for flags, message in ((["--source", "svhn"], "two domains"), (["--resume"], "start without --resume"),
+                           (["--batch_size", "1"], "one image"), (["--lr", "1e30"], "loss is not finite")):
+        with pytest.raises(UserError, match=message):
+            train_tiny(monkeypatch, data_dir, tmp_path / "out", *flags)
+    assert os.listdir(tmp_path / "out") == []
     with pytest.raises(UserError, match="nowhere"):
         train_tiny(monkeypatch, tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(UserError, match="last.pt"):
-        train_tiny(monkeypatch, data_dir, tmp_path / "out", "--resume")
+    few = tmp_path / "few"
+    shutil.copytree(data_dir, few)
+    write_csv(few / "digits/svhn/train.csv", [("image_name", "label"), ("00000.png", 0)])
+    with pytest.raises(UserError, match="single training image of svhn"):
+        train_tiny(monkeypatch, few, tmp_path / "out")
     train_tiny(monkeypatch, data_dir, tmp_path / "out")
     with pytest.raises(UserError, match="--resume"):
         train_tiny(monkeypatch, data_dir, tmp_path / "out")
@@ -300,11 +375,26 @@ def test_mistakes_in_training_are_told(monkeypatch, tmp_path, data_dir, tiny_net
         load_model(tmp_path / "out" / "last.pt")
 
 
-def test_dry_run_of_two_processes(tmp_path, data_dir, torchrun):
-    result = torchrun("p3_dann/train.py", "--dry_run", "--device", "cpu", "--data_dir", data_dir, "--output_dir", tmp_path)
+def test_dry_run_of_two_processes_writes_nothing(tmp_path, data_dir, torchrun):
+    result = torchrun("p3_dann/train.py", "--dry_run", "--device", "cpu", "--data_dir", data_dir, "--output_dir",
+                      tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    model, recipe = load_model(tmp_path / "dry_run" / "model.pt")
-    assert recipe["mode"] == "dann" and predict(model, random_images(2)).isfinite().all()
+    assert "two steps of 16 images" in result.stdout and not list(tmp_path.iterdir())
+
+
+def test_studies_are_what_the_checkpoints_folder_holds(monkeypatch):
+    checkpoints = ROOT / "p3_dann/checkpoints"
+    for name, settings in studies.MODELS.items():
+        _, recipe = load_model(checkpoints / f"{name}.pt")
+        assert {key: recipe[key] for key in settings} == settings
+        last = json.loads((checkpoints / f"{name}.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == 1200 and set(last["validation_accuracy"]) == {"mnistm", "svhn", "usps"}
+    table = pd.read_csv(checkpoints / "results.csv")
+    assert set(table.run) == {folder for trainings in studies.TABLES.values() for folder in trainings}
+    assert set(table.method) == set(METHODS)
+    for settings in (settings for trainings in studies.TABLES.values() for settings in trainings.values()):
+        monkeypatch.setattr(sys, "argv", ["train.py", *studies.flags(settings)])
+        assert settings.items() <= vars(train.parse_args()).items()
 
 
 # --- Prediction ---------------------------------------------------------------------------------
@@ -317,14 +407,8 @@ def checkpoint(tmp_path_factory):
     adapt_statistics(model, random_images(50))
     path = tmp_path_factory.mktemp("checkpoint") / "model.pt"
     save_checkpoint(path, kind="p3_dann", config=model.config, ema=model.state_dict(),
-                    recipe=dict(source="mnistm", target="svhn", mode="dann"))
+                    recipe=dict(method="dann", **DOMAINS))
     return path
-
-
-def wrapper(*argv, cwd):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(["bash", ROOT / "hw2_3.sh", *map(str, argv)], cwd=cwd, capture_output=True, text=True,
-                          env=environment)
 
 
 def read_rows(path):
@@ -346,7 +430,13 @@ def test_wrapper_answers_every_image_once(tmp_path, checkpoint):
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "notes.txt").write_text("no image either")
-    result = wrapper("test dir", "new dir/pred.csv", "--checkpoint", checkpoint, cwd=tmp_path)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def wrapper(*argv):
+        return subprocess.run(["bash", ROOT / "hw2_3.sh", *argv], cwd=tmp_path, capture_output=True, text=True,
+                              env=environment)
+
+    result = wrapper("test dir", "new dir/pred.csv", "--checkpoint", checkpoint)
     assert result.returncode == 0, result.stderr
     header, *rows = read_rows(tmp_path / "new dir" / "pred.csv")
     assert header == ["image_name", "label"]
@@ -357,33 +447,43 @@ def test_wrapper_answers_every_image_once(tmp_path, checkpoint):
     good = [label for name, label in rows if name not in ("broken.png", "empty.jpg")]
     assert good.count(answers["broken.png"]) == max(map(good.count, good))
     assert answers["empty.jpg"] == answers["broken.png"]
-    assert "broken.png" in result.stderr and "empty.jpg" in result.stderr and "Traceback" not in result.stderr
-    assert os.listdir(tmp_path / "new dir") == ["pred.csv"]
+    for name in ("broken.png", "empty.jpg", "notes.txt"):
+        assert name in result.stderr
+    assert "Traceback" not in result.stderr and os.listdir(tmp_path / "new dir") == ["pred.csv"]
+
+    result = wrapper("nowhere", "new dir/pred.csv")
+    assert result.returncode == 2 and "nowhere" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("mistake, message", [
-    ("no folder", "nowhere"), ("empty folder", "no images"), ("output is a folder", "is a folder"),
-    ("output below a file", "is a file"), ("damaged checkpoint", "damaged"), ("no arguments", "usage"),
+    ("empty folder", "no images"), ("unreadable images", "none of the 2 images can be read"),
+    ("output is a folder", "is a folder"), ("output below a file", "is a file"), ("damaged checkpoint", "damaged"),
+    ("weights of NaN", "NaN"), ("another network", "do not fit Dann"),
 ])
-def test_wrapper_tells_mistakes(tmp_path, checkpoint, mistake, message):
-    images, output, flags = tmp_path / "some images", tmp_path / "pred.csv", ["--checkpoint", checkpoint]
+def test_mistakes_in_prediction_are_told(monkeypatch, tmp_path, checkpoint, mistake, message):
+    images, output, weights = tmp_path / "some images", tmp_path / "pred.csv", tmp_path / "weights.pt"
     images.mkdir()
-    save_image(images / "0.png")
-    if mistake == "no folder":
-        images = tmp_path / "nowhere"
-    elif mistake == "empty folder":
-        (images / "0.png").unlink()
+    shutil.copy(checkpoint, weights)
+    content = torch.load(checkpoint, weights_only=True)
+    if mistake != "empty folder":
+        save_image(images / "0.png")
+    if mistake == "unreadable images":
+        for name in ("0.png", "1.png"):
+            (images / name).write_bytes(b"no image")
     elif mistake == "output is a folder":
         output.mkdir()
     elif mistake == "output below a file":
         output.write_text("mine")
         output = output / "pred.csv"
     elif mistake == "damaged checkpoint":
-        flags = ["--checkpoint", tmp_path / "damaged.pt"]
-        flags[1].write_bytes(checkpoint.read_bytes()[:1000])
-    result = wrapper(*([] if mistake == "no arguments" else [images, output, *flags]), cwd="/")
-    assert result.returncode == 2
-    assert message in result.stderr and "Traceback" not in result.stderr
+        weights.write_bytes(checkpoint.read_bytes()[:1000])
+    elif mistake == "weights of NaN":
+        content["ema"]["features.0.0.weight"][0] = float("nan")
+        torch.save(content, weights)
+    elif mistake == "another network":
+        torch.save(dict(content, config=dict(content["config"], num_features=9)), weights)
+    with pytest.raises(UserError, match=message):
+        call(monkeypatch, inference, images, output, "--checkpoint", weights)
     assert not output.is_file()
 
 
@@ -408,7 +508,6 @@ def test_target_from_images(tmp_path):
     assert inference.target_from_images(colour) == "svhn"
     assert inference.target_from_images(grey) == "usps"
     assert inference.target_from_images(torch.cat([grey[:4], colour[:5]])) == "svhn"
-    assert inference.target_from_images(colour[:0]) == "svhn"
     for seed, mode in enumerate(["L", "RGB"]):
         save_image(tmp_path / f"{mode}.jpg", seed, mode)
     images, readable = inference.read([tmp_path / "L.jpg", tmp_path / "RGB.jpg", tmp_path / "none.jpg"])
@@ -416,34 +515,35 @@ def test_target_from_images(tmp_path):
     assert [inference.target_from_images(images[i:i + 1]) for i in range(2)] == ["usps", "svhn"]
 
 
-@pytest.mark.parametrize("folder, mode, target", [("USPS", "RGB", "usps"), ("x", "L", "usps"), ("x", "RGB", "svhn")])
-def test_the_target_picks_the_network(monkeypatch, tmp_path, capsys, checkpoint, folder, mode, target):
+@pytest.mark.parametrize("folder, mode, target, reason, warning", [
+    ("USPS", "L", "usps", "named by the path", ""),
+    ("svhn", "RGB", "svhn", "named by the path", ""),
+    ("mnistm", "RGB", "mnistm", "named by the path", ""),
+    ("x", "L", "usps", "by its colours, as the path names no domain", ""),
+    ("x", "RGB", "svhn", "by its colours, as the path names no domain", ""),
+    ("dann-mnistm-usps", "RGB", "svhn", "by its colours, against the path", "names usps, but the images are coloured"),
+    ("svhn", "L", "svhn", "named by the path", "names svhn, but the images are grey"),
+    ("mnistm", "L", "mnistm", "named by the path", "names mnistm, but the images are grey"),
+])
+def test_the_target_picks_the_network(monkeypatch, tmp_path, capsys, checkpoint, folder, mode, target, reason, warning):
     monkeypatch.setattr(inference, "CHECKPOINTS", {target: checkpoint})  # any other choice is a KeyError
     (tmp_path / folder).mkdir()
     for seed in range(3):
         save_image(tmp_path / folder / f"{seed}.png", seed, mode)
     call(monkeypatch, inference, tmp_path / folder, tmp_path / "pred.csv")
     assert len(read_rows(tmp_path / "pred.csv")) == 4
-    assert ("named by the path" if folder == "USPS" else "by its colours") in capsys.readouterr().out
-
-
-def test_folder_of_unreadable_images_is_answered(monkeypatch, tmp_path, capsys, checkpoint):
-    (tmp_path / "svhn").mkdir()
-    (tmp_path / "svhn" / "a.png").write_bytes(b"no image")
-    call(monkeypatch, inference, tmp_path / "svhn", tmp_path / "pred.csv", "--checkpoint", checkpoint)
-    assert read_rows(tmp_path / "pred.csv") == [["image_name", "label"], ["a.png", "0"]]
-    assert "a.png" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert f"({reason})" in out and warning in err and bool(warning) == ("--target" in err)
 
 
 def test_committed_checkpoints():
-    """They are small, made for what inference.py takes them for, and read scikit-learn's digits, a domain of its own."""
+    """They are small, made for what inference.py takes them for, and read scikit-learn's digits, another domain."""
     paths = list((ROOT / "p3_dann/checkpoints").glob("*.pt"))
     assert sum(path.stat().st_size for path in paths) <= 15e6
     for target, path in inference.CHECKPOINTS.items():
         assert path in paths
         model, recipe = load_model(path)
-        assert recipe["source"] == "mnistm" and recipe["mode"] == ("source" if target == "mnistm" else "dann")
-        assert target == "mnistm" or recipe["target"] == target
+        assert recipe["source"] == "mnistm" and predicted_domain(recipe) == target
         digits = load_digits()
         images = np.zeros((200, 28, 28), np.uint8)
         for image, digit in zip(images, digits.images):
@@ -452,35 +552,34 @@ def test_committed_checkpoints():
         assert (answers.numpy() == digits.target[:200]).mean() > 0.8
 
 
-# --- Evaluation and t-SNE -----------------------------------------------------------------------
+# --- Evaluation and features --------------------------------------------------------------------
 
-def test_compare_counts_faults_as_wrong_answers():
+def test_compare_counts_faults_as_wrong():
     names, labels = ["a", "b", "c", "d", "e"], torch.tensor([1, 2, 3, 4, 5])
-    answers = [("a", "1"), ("b", " 3"), ("c", "3"), ("c", "3"), ("d", "four"), ("z", "0")]
-    confusion, faults = compare(answers, names, labels)
+    predictions = [("a", "1"), ("b", " 3"), ("c", "3"), ("c", "3"), ("d", "four"), ("z", "0")]
+    confusion, faults = evaluate.compare(predictions, names, labels)
     assert confusion.sum() == 5 and confusion.diagonal().sum() == 1
     assert confusion[2, 3] == 1 and confusion[[3, 4, 5], [10, 10, 10]].tolist() == [1, 1, 1]
     assert faults == {"missing": ["e"], "doubled": ["c"], "not in the true file": ["z"],
-                      "answered with no digit": ["d"]}
+                      "predicted to be no digit": ["d"]}
 
 
-def test_evaluate_script(tmp_path):
+def test_evaluate_script(monkeypatch, tmp_path, capsys):
     write_csv(tmp_path / "pred.csv", [("image_name", "label"), ("a.png", 1), ("b.png", 2)])
     write_csv(tmp_path / "true.csv", [("image_name", "label"), ("b.png", 3), ("a.png", 1)])
-    command = [sys.executable, ROOT / "p3_dann/evaluate.py", tmp_path / "pred.csv"]
-    result = subprocess.run([*command, tmp_path / "true.csv"], capture_output=True, text=True)
-    assert result.stdout.startswith("accuracy = 0.5000 (1/2)"), result.stderr
-    result = subprocess.run([*command, tmp_path / "none.csv"], capture_output=True, text=True)
-    assert result.returncode == 2 and "none.csv" in result.stderr and "Traceback" not in result.stderr
+    call(monkeypatch, evaluate, tmp_path / "pred.csv", tmp_path / "true.csv")
+    assert capsys.readouterr().out.startswith("accuracy = 0.5000 (1/2)\n")
+    with pytest.raises(UserError, match="none.csv"):
+        call(monkeypatch, evaluate, tmp_path / "pred.csv", tmp_path / "none.csv")
 
 
 def test_proxy_a_distance():
-    features = np.random.default_rng(0).normal(size=(800, 5))
-    assert tsne.proxy_a_distance(features[:400], features[400:] + 10) == pytest.approx(2)
-    assert tsne.proxy_a_distance(features[:400], features[400:]) < 0.3
+    points = np.random.default_rng(0).normal(size=(800, 5))
+    assert features.proxy_a_distance(points[:400], points[400:] + 10) == pytest.approx(2)
+    assert features.proxy_a_distance(points[:400], points[400:]) < 0.3
 
 
 def test_picture(monkeypatch, tmp_path, data_dir, checkpoint):
-    call(monkeypatch, tsne, checkpoint, tmp_path / "new" / "figure.png", "--data_dir", data_dir, "--target", "usps")
+    call(monkeypatch, features, checkpoint, tmp_path / "new" / "figure.png", "--data_dir", data_dir, "--target", "usps")
     with Image.open(tmp_path / "new" / "figure.png") as image:
         assert image.width > image.height > 300

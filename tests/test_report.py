@@ -1,28 +1,31 @@
 """The report from tiny checkpoints: every figure is there, the PDF is whole, the numbers are the records' own."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from dataset import load_split
-from p1_ddpm import study
+from files import save_checkpoint
+from p1_ddpm import studies as p1_studies
+from p1_ddpm.inference import Sampling
 from p1_ddpm.model import UNet as DigitUNet
-from p2_ddim.train import save_slim
-from p3_dann import experiments
-from p3_dann.model import Dann, load_model, predict
-from report import benchmark, p1
+from p3_dann import studies as p3_studies
+from p3_dann.methods import predicted_domain
+from p3_dann.model import Dann, load_model
+from p3_dann.prediction import predict
+from report import build, p1
 from UNet import UNet as FaceUNet
-from utils import UserError, save_checkpoint
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMESTEPS = 50
 
 
 def random_weights(model, seed):
@@ -34,100 +37,167 @@ def random_weights(model, seed):
     return model
 
 
-@pytest.fixture(scope="session")
-def p1_checkpoint(tmp_path_factory, data_dir):
-    """A tiny network of problem 1 with 50 noise steps, and beside it the records of its training and its study."""
-    folder = tmp_path_factory.mktemp("p1")
-    config = dict(channels=[8, 16], blocks=1, dropout=0.0)
+def call(monkeypatch, module, *argv):
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
+    module.main()
+
+
+# --- What the chapters leave, with random networks and made-up results --------------------------
+
+def make_p1(folder):
+    """ddpm.pt with few timesteps, and beside it the records of its training and its studies."""
+    folder.mkdir(parents=True)
+    config = dict(channels=[8, 16])
     metrics = [dict(epoch=i, loss=1 / i, loss_quarters=[1 / i, 0.5, 0.4, 0.3], lr=1e-3, seconds=60.0)
                for i in (1, 2, 3, 4)]
-    save_checkpoint(folder / "ddpm.pt", kind="p1_ddpm", model_config=config, schedule=["cosine", 50],
+    save_checkpoint(folder / "ddpm.pt", kind="p1_ddpm", metrics=metrics[-1:],
+                    config=dict(network=config, schedule=dict(name="cosine", timesteps=TIMESTEPS)),
                     recipe=dict(batch_size=64, lr=0.001, weight_decay=0.01, warmup=500, ema=0.999, label_drop=0.1),
-                    metrics=metrics[-1:], ema=random_weights(DigitUNet(**config), 0).state_dict(),
-                    model=random_weights(DigitUNet(**config), 1).state_dict())
+                    ema=random_weights(DigitUNet(**config), 0).state_dict())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    with pytest.MonkeyPatch.context() as patch:
-        for _ in range(2):  # the second call finds everything done
-            patch.setattr(sys, "argv", ["study.py", "--tables", *study.TABLES, "--per_class", "2",
-                                        "--checkpoint", str(folder / "ddpm.pt"), "--output", str(folder / "study.csv"),
-                                        "--data_dir", str(data_dir), "--device", "cpu"])
-            study.main()
-    return folder / "ddpm.pt"
+    rng = np.random.default_rng(0)
+    measures = dict(accuracy=(90, 100), worst_digit=(80, 90), frechet=(5, 50), frechet_ratio=(1, 10),
+                    diversity=(0.8, 1.2), seconds=(10, 50))
+    pd.DataFrame([dict(table=table, checkpoint=p1_studies.digest_of(folder / "ddpm.pt"), epochs=4,
+                       **p1_studies.as_text(setting), **{name: rng.uniform(*ends) for name, ends in measures.items()})
+                  for table in p1_studies.TABLES for setting in p1_studies.settings(table, TIMESTEPS)]
+                 ).to_csv(folder / "results.csv", index=False)
 
 
-@pytest.fixture(scope="session")
-def p3_results(tmp_path_factory, data_dir):
-    """What experiments.py leaves: its output folder, with trainings replaced by untrained networks, and checkpoints.
-
-    The ablation is published after the main tables, into the same file of results.
-    """
-    root = tmp_path_factory.mktemp("p3")
+def make_p3(root, data_dir):
+    """What p3_dann/studies.py leaves, its trainings replaced by random networks: in root/output, root/ablation and
+    root/p3_dann/checkpoints. The ablation is published after the main tables, into the same file of results."""
     (root / "p3_dann/checkpoints").mkdir(parents=True)
     trained = []
 
-    def train(folder, flags, data_dir, jobs):
-        if (folder / "model.pt").exists():
-            return
+    def train(folder, settings, data_dir, jobs):
         trained.append(folder.name)
         folder.mkdir(parents=True)
-        words = flags.split()
-        given = {name[2:]: value for name, value in zip(words[::2], words[1::2])}
-        recipe = dict(source="mnistm", target=given.get("target", "svhn"), mode=given["mode"], seed=int(given.get("seed", 0)),
-                      lambda_max=0.1, epochs=2, batch_size=128, lr=0.003, ema=0.995)
+        recipe = dict(seed=0, lambda_max=0.1, epochs=2, batch_size=128, lr=0.003, ema=0.995) | settings
         model = random_weights(Dann(widths=(4, 4, 4), num_features=8), recipe["seed"])
         save_checkpoint(folder / "model.pt", kind="p3_dann", config=model.config, recipe=recipe, ema=model.state_dict())
-        epochs = [dict(epoch=i, lambda_=0.1, source=0.5, domain=0.6, domain_loss=0.6, confident=0.2, seconds=30)
-                  for i in (1, 2)]
-        accuracy = {"mnistm": 90.0, "svhn": 70.0 + recipe["seed"], "usps": 95.0}
         (folder / "metrics.jsonl").write_text("".join(
-            json.dumps(line) + "\n" for line in [*epochs, dict(recipe, validation_accuracy=accuracy)]))
+            json.dumps(dict(epoch=i, lambda_=0.1, accuracy=0.5, domain_accuracy=0.6, domain_loss=0.6, confident=0.2,
+                            seconds=30)) + "\n" for i in (1, 2)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "train", train)
-        patch.setattr(experiments, "ROOT", root)
+        patch.setattr(p3_studies, "train", train)
+        patch.setattr(p3_studies, "ROOT", root)
         for output, tables in ("output", ["main", "lambda"]), ("ablation", ["ablation"]):
-            patch.setattr(sys, "argv", ["experiments.py", "--data_dir", str(data_dir), "--output_dir", str(root / output),
-                                        "--tables", *tables, "--publish"])
-            experiments.main()
-    assert len(trained) == len(set(trained)) == 15 + 6 + len(experiments.ABLATION)
+            call(patch, p3_studies, "--data_dir", data_dir, "--output_dir", root / output, "--tables", *tables,
+                 "--publish")
+    assert len(trained) == len(set(trained)) == sum(map(len, p3_studies.TABLES.values()))
+
+
+def make_p2(root):
+    """A small UNet of train.py's and four noises with one ground truth."""
+    (root / "p2_ddim/checkpoints").mkdir(parents=True)
+    save_checkpoint(root / "p2_ddim/checkpoints/face64.pt", kind="p2_ddim", config=dict(channel=8, size=32),
+                    recipe=dict(epochs=7), ema=random_weights(FaceUNet(channel=8), 0).state_dict())
+    generator = torch.Generator().manual_seed(0)
+    for name in "noise", "truth":
+        (root / name).mkdir()
+    for i in range(4):
+        torch.save(torch.randn(1, 3, 32, 32, generator=generator), root / f"noise/{i:02d}.pt")
+    Image.new("RGB", (32, 32)).save(root / "truth/02.png")
+
+
+@pytest.fixture(scope="module")
+def chapters(tmp_path_factory, data_dir):
+    root = tmp_path_factory.mktemp("chapters")
+    make_p1(root / "p1_ddpm/checkpoints")
+    make_p2(root)
+    make_p3(root, data_dir)
     return root
 
 
-def test_table_of_experiments_is_mean_and_deviation_over_seeds():
-    rows = [dict(run=f"{run}_s{seed}", target="svhn", mode="dann", statistics="target", seed=seed, accuracy=value,
-                 one_view=value - 2)
-            for run, values in (("mnistm_svhn_dann", (70, 71, 72)),)
-            for seed, value in enumerate(values)]
-    rows.append(dict(rows[0], run="ablation_x", accuracy=50, one_view=49))
-    one, three = experiments.means(pd.DataFrame(rows)).to_dict("records")
-    assert three == dict(experiment="mnistm_svhn_dann", target="svhn", statistics="target", mean=71, std=1, one_view=69,
-                         seeds=3)
-    assert (one["experiment"], one["mean"], one["seeds"]) == ("ablation_x", 50, 1)
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, data_dir, chapters):
+    """The folder into which a --quick build of the whole report has written."""
+    folder = tmp_path_factory.mktemp("the report")
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, build, "--quick", "--student_id", "r12345678", "--data_dir", data_dir, "--chapters", chapters,
+             "--unet", chapters / "p2_ddim/checkpoints/face64.pt", "--noise", chapters / "noise",
+             "--gt", chapters / "truth", "--device", "cpu", "--output_dir", folder)
+    return folder
 
 
-def test_results_are_measured_on_the_published_networks(p3_results, data_dir):
-    table = pd.read_csv(p3_results / "p3_dann/checkpoints/results.csv")
-    # The source-only network appears with its own statistics and with each target's.
-    source = table[table["mode"] == "source"]
-    assert sorted(source[source.seed == 0][["target", "statistics"]].values.tolist()) == [
-        ["svhn", "source"], ["svhn", "target"], ["usps", "source"], ["usps", "target"]]
-    assert set(table[table.run == "svhn_target_s1"].target) == {"svhn"}
-    model, _ = load_model(p3_results / "output/mnistm_svhn_dann_s1/model.pt")
-    images, labels, _ = load_split(data_dir, "svhn", "val")
-    right = (predict(model, images).argmax(dim=1) == labels).float().mean().item()
-    assert table[table.run == "mnistm_svhn_dann_s1"].accuracy.item() == pytest.approx(100 * right, abs=0.01)
-    shipped = p3_results / "p3_dann/checkpoints"
-    assert table.run.nunique() == 15 + 6 + len(experiments.ABLATION)  # of both output folders
-    for name in experiments.MODELS:
-        assert (shipped / f"{name}.pt").read_bytes() == (p3_results / f"output/{name}_s0/model.pt").read_bytes()
+# --- The report ---------------------------------------------------------------------------------
+
+def test_every_figure_of_the_text_is_made_and_every_one_made_is_shown(report):
+    named = re.findall(r'drawing\("(\w+)"', "".join(path.read_text() for path in ROOT.glob("report/p?.typ")))
+    made = [path.stem for path in (report / "report/build").glob("*.svg")]
+    assert sorted(named) == sorted(made) and len(made) == 13
 
 
-def test_study_measures_each_setting_once(p1_checkpoint):
-    table = pd.read_csv(p1_checkpoint.parent / "study.csv")
-    assert table.groupby("table").size().to_dict() == {name: len(settings) for name, settings in study.TABLES.items()}
-    ema = table[table.table == "ema"]
-    assert ema.weights.tolist() == ["ema", "model"] and ema.frechet.nunique() == 2
+def test_the_pdf_is_whole_and_light(report):
+    pdf = (report / "assignments/dlcv2023_hw2/hw2_r12345678.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
+    assert 8 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 12
+    assert len(pdf) < 2e6 and b"STIXGeneral" in pdf
 
+
+def test_the_strip_shows_all_three_problems(report):
+    strip = np.asarray(Image.open(report / "report/strip.png"))
+    assert strip.shape[0] == 291 and strip.shape[1] > 3 * 291 - 3
+    assert all(part.std() > 10 for part in (strip[:, :291], strip[:, 300:600], strip[:, -280:]))
+
+
+def test_numbers_are_those_of_the_records(report, chapters):
+    numbers = {part: json.loads((report / f"report/build/{part}.json").read_text()) for part in build.PARTS}
+    assert numbers["p1"]["epochs"] == 4 and numbers["p1"]["minutes"] == 4 and numbers["p1"]["loss"] == 0.25
+    rows = pd.read_csv(chapters / "p1_ddpm/checkpoints/results.csv")
+    assert numbers["p1"]["seeds"][0]["accuracy"] == pytest.approx(rows[rows.table == "seeds"].accuracy.mean())
+    assert numbers["p1"]["pooled"][0]["seeds"] == 13  # 0 to 9 and 11 to 13, each once
+    assert numbers["p2"]["recipe"]["epochs"] == 7 and not numbers["p2"]["course"]
+    assert list(numbers["p2"]["errors"]) == ["02.png"] and numbers["p2"]["errors"]["02.png"] > 100
+    assert numbers["p2"]["drift"][0] == 0 and min(numbers["p2"]["drift"][1:]) > 1
+    accuracy = pd.read_csv(chapters / "p3_dann/checkpoints/results.csv").set_index("run").accuracy
+    [dann] = [row for row in numbers["p3"]["means"] if row["experiment"] == "mnistm_svhn_dann"]
+    assert dann["mean"] == pytest.approx(np.mean([accuracy[f"mnistm_svhn_dann_s{seed}"] for seed in range(3)]),
+                                         abs=0.01)  # rounded
+    assert numbers["p3"]["validation"] == dict(svhn=40, usps=40) and len(numbers["p3"]["ablation"]) == 8
+
+
+def test_one_part_alone_leaves_the_others(report, data_dir, chapters, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in (report / "report/build").iterdir()}
+    call(monkeypatch, build, "--quick", "--only", "p3", "--data_dir", data_dir, "--chapters", chapters, "--output_dir",
+         report, "--device", "cpu")
+    assert {path.name[:2] for path, time in before.items() if path.stat().st_mtime_ns != time} == {"p3"}
+    assert (report / "assignments/dlcv2023_hw2/report.pdf").exists()
+
+
+def test_one_part_where_the_others_were_never_made(tmp_path, chapters, monkeypatch):
+    """Weights without a configuration are the course's."""
+    weights = torch.load(chapters / "p2_ddim/checkpoints/face64.pt", weights_only=True)["ema"]
+    torch.save(weights, tmp_path / "UNet.pt")
+    call(monkeypatch, build, "--quick", "--only", "p2", "--unet", tmp_path / "UNet.pt", "--noise", chapters / "noise",
+         "--output_dir", tmp_path, "--device", "cpu")
+    assert json.loads((tmp_path / "report/build/p2.json").read_text())["course"]
+    assert [path.name for path in tmp_path.rglob("*.pdf")] == ["report_p2.pdf"]
+    assert not (tmp_path / "report/strip.png").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--only", "p1", "--chapters", "nowhere"], "there is no nowhere/p1_ddpm/checkpoints/metrics.jsonl"),
+    (["--only", "p3", "--chapters", "nowhere"], "there is no nowhere/p3_dann/checkpoints/results.csv"),
+    (["--only", "p2", "--unet", "UNet.pt"], "--unet and --noise belong together"),
+    (["--student_id", "../x"], "letters and digits")])
+def test_mistakes_are_told(tmp_path, monkeypatch, capsys, flags, message):
+    with pytest.raises((UserError, SystemExit)) as error:
+        call(monkeypatch, build, "--output_dir", tmp_path, *flags)
+    assert message in str(error.value) + capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pdf"))
+
+
+def test_a_quick_build_leaves_the_committed_report_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["build.py", "--quick"])
+    assert build.parse_args().output_dir.is_relative_to(ROOT / "report/build")  # which git ignores
+    monkeypatch.setattr(sys, "argv", ["build.py"])
+    assert build.parse_args().output_dir == ROOT
+
+
+# --- Problem 1 ----------------------------------------------------------------------------------
 
 def test_drawing_of_the_architecture_follows_the_module():
     blocks = p1.trace(random_weights(DigitUNet(channels=(8, 16), blocks=2), 0))
@@ -140,124 +210,68 @@ def test_drawing_of_the_architecture_follows_the_module():
     assert blocks[0]["channels"] == (12, 8) and blocks[-1]["channels"] == (8, 12) and blocks[6]["side"] == 7
 
 
-def build(tmp_path, *flags):
-    tmp_path.mkdir(exist_ok=True)
-    return subprocess.run([sys.executable, ROOT / "report/build.py", "--device", "cpu", "--output_dir",
-                           tmp_path / "the report", *map(str, flags)], capture_output=True, text=True, cwd=tmp_path)
+def test_the_reverse_process_ends_at_the_first_digit_of_the_grid(chapters):
+    model, alphas_cumprod = p1.load_model(chapters / "p1_ddpm/checkpoints/ddpm.pt")
+    grid, states = p1.digits_of_same_noise(model, alphas_cumprod, torch.device("cpu"))
+    assert torch.equal(states[0], grid[0]) and list(states)[0] == TIMESTEPS and len(states) == Sampling().steps + 1
+    [(_, images, _)] = p1.generate(model, alphas_cumprod, [(0, 1)], Sampling(), 0, torch.device("cpu"))
+    assert (grid[0].int() - images[0].int()).abs().max() <= 1  # 0_001.png, but for the batch's rounding
 
 
-def test_report_builds_from_tiny_checkpoints(tmp_path, data_dir, p1_checkpoint, p3_results):
-    torch.manual_seed(0)
-    save_slim(tmp_path / "face.pt", random_weights(FaceUNet(channel=8), 0).state_dict(), dict(channel=8, size=32))
-    (tmp_path / "noise").mkdir()
-    for i in range(4):
-        torch.save(torch.randn(1, 3, 32, 32), tmp_path / f"noise/{i:02d}.pt")
-    (tmp_path / "truth").mkdir()
-    Image.new("RGB", (32, 32)).save(tmp_path / "truth/02.png")
-    done = build(tmp_path, "--quick", "--student_id", "r12345678", "--data_dir", data_dir, "--unet",
-                 tmp_path / "face.pt", "--noise", tmp_path / "noise", "--gt", tmp_path / "truth", "--p1_checkpoint", p1_checkpoint,
-                 "--p3_checkpoints", p3_results / "p3_dann/checkpoints")
-    assert done.returncode == 0, done.stderr
-    pdf = (tmp_path / "the report/hw2_r12345678.pdf").read_bytes()
-    assert Image.open(tmp_path / "the report/strip.png").height == 260
-    figures = set(re.findall(r'drawing\("(\w+)"', "".join(p.read_text() for p in ROOT.glob("report/p?.typ"))))
-    figures |= {f"p3_tsne_{target}{when}" for target in ("svhn", "usps") for when in ("", "_before")}
-    figures.discard("p3_tsne_")
-    made = {path.stem for path in (tmp_path / "the report/build").glob("*.png")}
-    assert figures == made and len(figures) == 18
-    assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
-    assert len(re.findall(rb"/Subtype\s*/Image", pdf)) >= len(figures)
-    numbers = json.loads((tmp_path / "the report/build/p1.json").read_text())
-    assert numbers["epochs"] == 4 and numbers["minutes"] == 4 and numbers["loss"] == 0.25
-    numbers = json.loads((tmp_path / "the report/build/p2.json").read_text())
-    assert list(numbers["errors"]) == ["02.png"] and numbers["errors"]["02.png"] > 100 and not numbers["course"]
-    assert numbers["drift"][0] == 0 and min(numbers["drift"][1:]) > 1
-
-    # One part alone: the others stay as they were.
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "the report/build").iterdir()}
-    done = build(tmp_path, "--quick", "--only", "p1", "--data_dir", data_dir, "--p1_checkpoint", p1_checkpoint)
-    assert done.returncode == 0, done.stderr
-    changed = {path.name[:2] for path, time in before.items() if path.stat().st_mtime_ns != time}
-    assert changed == {"p1"} and (tmp_path / "the report/report.pdf").stat().st_size > 0.9 * len(pdf)
-
-    # In a fresh folder the others are missing. Weights without a configuration are the course's.
-    torch.save(random_weights(FaceUNet(channel=8), 0).state_dict(), tmp_path / "UNet.pt")
-    done = build(tmp_path / "fresh", "--quick", "--only", "p2", "--unet", tmp_path / "UNet.pt", "--noise", tmp_path / "noise")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "fresh/the report/build/p2.json").read_text())["course"]
-    assert [path.name for path in (tmp_path / "fresh/the report").glob("*.p[dn][fg]")] == ["report_p2.pdf"]
-
-
-def test_benchmark_measures_one_command_at_a_time(tmp_path):
-    (tmp_path / "big.py").write_text("x = bytearray(300 << 20)")
-    (tmp_path / "small.py").write_text("")
-    (tmp_path / "broken.py").write_text("import sys; sys.exit('no device')")
-    big, small = (benchmark.measure([sys.executable, tmp_path / f"{name}.py"]) for name in ("big", "small"))
-    assert big[1] > 300 > small[1] > 1 and big[0] > 0
-    with pytest.raises(UserError, match="broken.py failed: .*no device"):
-        benchmark.measure([sys.executable, tmp_path / "broken.py"])
-
-
-def test_a_study_of_another_checkpoint_is_not_taken(tmp_path, p1_checkpoint):
+def test_results_of_another_checkpoint_are_not_taken(tmp_path, chapters):
     (tmp_path / "other.pt").write_bytes(b"other")
     with pytest.raises(UserError, match="lacks choice, confirm, guidance, interval, seeds, spacing, steps for"):
-        p1.read_study(p1_checkpoint.parent / "study.csv", tmp_path / "other.pt", 50)
+        p1.read_results(chapters / "p1_ddpm/checkpoints/results.csv", tmp_path / "other.pt", TIMESTEPS)
 
 
-def test_the_report_takes_what_was_drawn_with_the_shipped_setting(tmp_path, p1_checkpoint):
-    rows = pd.read_csv(p1_checkpoint.parent / "study.csv")
-    other = rows[rows.table == "steps"].assign(guidance=9.0, accuracy=-1)
-    pd.concat([rows, other]).to_csv(tmp_path / "study.csv", index=False)
-    study = p1.read_study(tmp_path / "study.csv", p1_checkpoint, 50)
-    assert len(study) == len(rows) and study.accuracy.min() >= 0
-    pd.concat([rows[rows.table != "steps"], other]).to_csv(tmp_path / "study.csv", index=False)
+def test_results_with_the_shipped_setting_are_taken(tmp_path, chapters):
+    folder = chapters / "p1_ddpm/checkpoints"
+    rows = pd.read_csv(folder / "results.csv")
+    other = rows[rows.table == "steps"].assign(eta=0.5, accuracy=-1)
+    pd.concat([rows, other]).to_csv(tmp_path / "results.csv", index=False)
+    taken = p1.read_results(tmp_path / "results.csv", folder / "ddpm.pt", TIMESTEPS)
+    assert len(taken) == len(rows) and taken.accuracy.min() >= 0
+    pd.concat([rows[rows.table != "steps"], other]).to_csv(tmp_path / "results.csv", index=False)
     with pytest.raises(UserError, match="lacks steps for"):
-        p1.read_study(tmp_path / "study.csv", p1_checkpoint, 50)
-
-
-def test_means_are_over_the_seeds_alone():
-    rows = pd.DataFrame([dict(dict.fromkeys(study.FLAGS, "x"), guidance=guidance, seed=seed,
-                              **dict.fromkeys(study.MEASURES, value))
-                         for guidance, seed, value in (("1", "0", 97.0), ("1", "1", 99.0), ("2", "0", 50.0))])
-    assert study.means(rows)[["guidance", "accuracy", "accuracy_deviation", "seeds"]].fillna(0).values.tolist() == [
-        ["1", 98.0, pytest.approx(2**0.5), 2], ["2", 50.0, 0.0, 1]]
-    lines = study.markdown(rows).splitlines()
-    assert lines[0].startswith("| guidance | accuracy |") and lines[2].startswith("| 1 | 98.00 ± 1.41 |")
+        p1.read_results(tmp_path / "results.csv", folder / "ddpm.pt", TIMESTEPS)
 
 
 def test_the_shipped_setting_is_the_one_that_the_rule_picks():
+    """The rule that the report's appendix tells."""
     checkpoint = ROOT / "p1_ddpm/checkpoints/ddpm.pt"
-    rows = p1.read_study(checkpoint.parent / "study.csv", checkpoint, 1000)
+    rows = p1.read_results(checkpoint.parent / "results.csv", checkpoint, 1000)
     flags = ["sampler", "steps", "guidance", "interval"]
     good = rows[rows.table == "choice"].groupby(flags).filter(  # on every seed
         lambda seeds: seeds.accuracy.min() >= 99.8 and seeds.worst_digit.min() >= 99)
-    confirmed = study.means(rows[rows.table == "confirm"]).set_index(flags).accuracy.round(2)
-    by_ratio = [tuple(row) for row in study.means(good).sort_values("frechet_ratio")[flags].values]
-    shipped = p1.sampling_arguments()
-    assert next(setting for setting in by_ratio if confirmed[setting] >= 99.8) == (
-        shipped.sampler, shipped.steps, shipped.guidance, "{:g} to {:g}".format(*shipped.interval))
+    confirmed = p1_studies.means(rows[rows.table == "confirm"]).set_index(flags).accuracy.round(2)
+    by_ratio = [tuple(row) for row in p1_studies.means(good).sort_values("frechet_ratio")[flags].values]
+    shipped = p1_studies.as_text(p1_studies.DEFAULTS)
+    assert next(setting for setting in by_ratio if confirmed[setting] >= 99.8) == tuple(shipped[flag] for flag in flags)
 
 
-def test_benchmark_runs_the_wrappers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--only", "p1", "p3", "--output", str(tmp_path / "b.csv")])
-    pd.DataFrame([dict(problem=problem, what="kept or replaced") for problem in ("p2", "p3")]).to_csv(tmp_path / "b.csv")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    benchmark.main()
-    kept, first, third = pd.read_csv(tmp_path / "b.csv").to_dict("records")
-    assert kept["problem"] == "p2" and kept["what"] == "kept or replaced"
-    assert first["what"] == "hw2_1.sh" and first["images"] == 50
-    assert first["within"] == (first["seconds"] <= first["limit_s_on_2080ti"] == 900)
-    assert third["what"] == "hw2_3.sh" and third["images"] == 1000 and third["images_per_second"] > 0 and third["peak_mib"] > 50
-    assert "hw2_3.sh" in capsys.readouterr().out
+# --- Problem 3 ----------------------------------------------------------------------------------
+
+def test_results_of_problem_3_are_measured_on_the_published_networks(chapters, data_dir):
+    checkpoints = chapters / "p3_dann/checkpoints"
+    table = pd.read_csv(checkpoints / "results.csv")
+    # The source-only network appears with its own statistics and with each target's.
+    source = table[table.run == "mnistm_source_only_s0"]
+    assert sorted(source[["target", "statistics"]].values.tolist()) == [
+        ["svhn", "source"], ["svhn", "target"], ["usps", "source"], ["usps", "target"]]
+    assert set(table.run) == {run for trainings in p3_studies.TABLES.values() for run in trainings}
+    model, recipe = load_model(chapters / "output/mnistm_svhn_dann_s1/model.pt")
+    images, labels, _ = load_split(data_dir, predicted_domain(recipe), "val")
+    right = (predict(model, images).argmax(dim=1) == labels).float().mean().item()
+    assert table[table.run == "mnistm_svhn_dann_s1"].accuracy.item() == pytest.approx(100 * right, abs=0.01)
+    for name in p3_studies.MODELS:
+        assert (checkpoints / f"{name}.pt").read_bytes() == (chapters / f"output/{name}_s0/model.pt").read_bytes()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--only", "p1", "--p1_checkpoint", "nowhere/ddpm.pt"], "there is no nowhere/metrics.jsonl"),
-    (["--only", "p3", "--p3_checkpoints", "nowhere"], "there is no nowhere/results.csv"),
-    (["--only", "p2", "--unet", "UNet.pt"], "--unet and --noise belong together"),
-    (["--student_id", "../x"], "letters and digits")])
-def test_mistakes_in_building_are_told(tmp_path, flags, message):
-    done = build(tmp_path, *flags)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert not list(tmp_path.rglob("*.pdf"))
+def test_means_of_problem_3_are_over_the_seeds():
+    rows = [dict(run=f"mnistm_svhn_dann_s{seed}", target="svhn", statistics="target", seed=seed, accuracy=value,
+                 one_view=value - 2) for seed, value in enumerate((70, 71, 72))]
+    rows.append(dict(rows[0], run="ablation_x", accuracy=50, one_view=49))
+    one, three = p3_studies.means(pd.DataFrame(rows)).to_dict("records")
+    assert three == dict(experiment="mnistm_svhn_dann", target="svhn", statistics="target", mean=71, std=1, one_view=69,
+                         seeds=3)
+    assert (one["experiment"], one["mean"], one["seeds"]) == ("ablation_x", 50, 1)

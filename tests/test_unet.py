@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-import utils  # noqa: F401  before torch, as in every script
+from utils import image_generators, randn
 
 import numpy as np
 import pytest
@@ -14,9 +14,9 @@ from UNet import Layer, ResBlock, SelfAttention, UNet, channel_of, groups
 
 DATA = Path(__file__).parent / "data"
 
-# Float32 carries 7 digits, processors differ in the last of them, and forty layers with the weights below, which are ill
-# conditioned on purpose, magnify that a thousandfold: 1e-3 of the largest value is ten times what comes of it. Double
-# precision has nine digits more, and finds whatever is wrong.
+# Float32 carries 7 digits, and processors differ in the last of them. Forty layers with the weights below, which are
+# ill conditioned on purpose, magnify that a thousandfold; 1e-3 of the largest value is ten times what comes of it.
+# Double precision has nine digits more, and finds whatever is wrong.
 FLOAT32, FLOAT64 = 1e-3, 1e-9
 
 
@@ -26,7 +26,7 @@ def close(values, expected, share):
 
 
 def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return randn(image_generators(seed, range(shape[0])), shape[1:])
 
 
 def ruled_weights(state_dict):

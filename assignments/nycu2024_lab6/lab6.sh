@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
-# Lab 6: bash lab6.sh <output_dir> [--data_dir DIR]   a scene for each list of test.json and new_test.json
-set -euo pipefail
-script=${BASH_SOURCE[0]}
-while [[ -L $script ]]; do  # a link to this file
-    target=$(readlink -- "$script")
-    [[ $target == /* ]] && script=$target || script=$(dirname -- "$script")/$target
-done
-root=$(unset CDPATH && cd -- "$(dirname -- "$script")/../.." && pwd)
-exec python3 "$root/p7_clevr/inference.py" "$@"
+# Lab 6: bash lab6.sh <output_dir> [--data_dir DIR]   generates a scene for each list of test.json and new_test.json
+script=${BASH_SOURCE:-$0}  # or a link to it
+while to=$(readlink "$script"); do case $to in /*) script=$to ;; *) script=$(dirname "$script")/$to ;; esac; done
+exec python3 "$(dirname "$script")/../../p7_clevr/inference.py" "$@"
