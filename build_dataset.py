@@ -73,19 +73,21 @@ def read_libsvm(path):
     pixels = pixels.toarray()
     if not -1 <= pixels.min() <= pixels.max() <= 1:
         raise ValueError(f"its pixels reach from {pixels.min():g} to {pixels.max():g} instead of -1 to 1")
-    return np.rint((pixels + 1) / 2 * 255).astype(np.uint8).reshape(-1, 16, 16), digits(labels, 1) - 1
+    return np.rint((pixels + 1) / 2 * 255).astype(np.uint8).reshape(-1, 16, 16), as_digits(labels, 1) - 1
 
 
 def read_mat(path):
     """SVHN's format, in which the digit 0 is labelled 10, as uint8 (N, 32, 32, 3) and N digits."""
     content = loadmat(path)
+    if not {"X", "y"} <= content.keys():
+        raise ValueError("it holds no X and y")
     images, labels = content["X"], content["y"].ravel()
     if images.dtype != np.uint8 or images.shape[:3] != (32, 32, 3):
         raise ValueError(f"its X is {'x'.join(map(str, images.shape))} {images.dtype} instead of 32x32x3xN uint8")
-    return images.transpose(3, 0, 1, 2), digits(labels, 1) % 10
+    return images.transpose(3, 0, 1, 2), as_digits(labels, 1) % 10
 
 
-def digits(labels, first):
+def as_digits(labels, first):
     """N labels as int64; ValueError when one is not among `first` ... `first` + 9."""
     odd = labels[~np.isin(labels, range(first, first + 10))]
     if len(odd):
@@ -157,7 +159,7 @@ def read_mnist(source_dir):
             raise UserError(f"{source_dir} holds only one of {' and '.join(names)}; put the other one beside it")
         if any(files):
             parts.append((read(files[0], lambda path: read_idx(path, (28, 28))),
-                          read(files[1], lambda path: digits(read_idx(path, ()), 0))))
+                          read(files[1], lambda path: as_digits(read_idx(path, ()), 0))))
     return pool(parts, source_dir, "MNIST (train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz)", "mnist")
 
 

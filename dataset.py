@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils import UserError
@@ -53,6 +53,8 @@ def read_rgb(path, lock=contextlib.nullcontext()):
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
             image = on_contrast(image.convert("RGBA"))
         return image if image.mode == "RGB" else image.convert("RGB")
+    except UnidentifiedImageError:
+        raise UserError(f"the image {path} cannot be read (Pillow knows no such format); replace the file")
     except Exception as error:  # each of Pillow's decoders has its own ways to fail
         raise UserError(f"the image {path} cannot be read ({str(error) or type(error).__name__}); replace the file")
 

@@ -16,6 +16,7 @@ the optimiser's state and the number of the step.
 
 import copy
 import functools
+import inspect
 import json
 import math
 import os
@@ -181,7 +182,9 @@ def distribute(model, process, **arguments):
     if process.count == 1:
         return model
     # Buffers stay each process's own: sending them round could end as utils.run tells.
-    return DistributedDataParallel(model, broadcast_buffers=False, **arguments)
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as older PyTorch has it
+    return DistributedDataParallel(model, **{name: False}, **arguments)
 
 
 # --- At a step ----------------------------------------------------------------------------------

@@ -123,8 +123,16 @@ def reverse_process(path, states, alphas_cumprod):
     total = len(alphas_cumprod) - 1
     shown = [min(states, key=lambda t: abs(1000 * t / total - wanted)) for wanted in STATES]
     image_grid(path, torch.stack([states[t] for t in shown]), len(shown), column_names=[f"t = {t}" for t in shown],
-               width=4.5)
+               width=5)
     return [(t, alphas_cumprod[t].sqrt().item()) for t in shown]
+
+
+def strengths(path, model, alphas_cumprod, device):
+    """Draws the first image of each digit, from the same noise, with four strengths of guidance."""
+    rows, numbers = (0.0, 0.5, Sampling().guidance, 3.0), [(digit, 1) for digit in range(10)]
+    images = [images for guidance in rows for _, images, _ in
+              generate(model, alphas_cumprod, numbers, Sampling(guidance=guidance), DEFAULTS["seed"], device)]
+    image_grid(path, torch.cat(images), 10, row_names=[f"w = {guidance:g}" for guidance in rows], width=4.5)
 
 
 def losses(path, metrics):
@@ -253,9 +261,10 @@ def build(folder, checkpoints, data_dir, device, quick):
     judge = Judge(data_dir)
     blocks = architecture(folder / "p1_architecture.svg", model)
     grid, states = digits_of_same_noise(model, alphas_cumprod, device)
-    image_grid(folder / "p1_grid.svg", grid, 10, row_names=range(10), column_names=range(1, 11), width=3.8)
+    image_grid(folder / "p1_grid.svg", grid, 10, row_names=range(10), column_names=range(1, 11), width=4.2)
     save_png(folder / "p1_strip.png", make_grid(grid, nrow=10, padding=1, pad_value=255))
     shares = reverse_process(folder / "p1_states.svg", states, alphas_cumprod)
+    strengths(folder / "p1_strengths.svg", model, alphas_cumprod, device)
     losses(folder / "p1_losses.svg", metrics)
     guidance_figure(folder / "p1_guidance.svg", rows)
     steps_figure(folder / "p1_steps.svg", rows)

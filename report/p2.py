@@ -78,7 +78,7 @@ def build(folder, unet, noise_dir, truth_dir, device, quick):
     noises = [load_noise(path).to(device) for path in paths]
     truths = read_truths(truth_dir, paths, noises[0].shape[-2:]) if truth_dir else {}  # before hours of sampling
     model, content = place(load_model(unet), device), load_torch(unet)
-    steps, study = (4, dict(steps=(2, 3), reference=5)) if quick else (50, {})
+    steps, alphas, study = (2, ALPHAS[::5], dict(steps=(1, 2), reference=3)) if quick else (50, ALPHAS, {})
 
     faces = torch.cat([stretch(sample(model, noise, steps)) for noise in noises]).cpu()
     image_grid(folder / "p2_faces.svg", faces, len(faces))
@@ -87,8 +87,9 @@ def build(folder, unet, noise_dir, truth_dir, device, quick):
     by_noise = grid.reshape(len(ETAS), 4, *grid.shape[1:]).transpose(0, 1).flatten(0, 1)
     image_grid(folder / "p2_eta.svg", by_noise, len(ETAS), row_names=[path.stem for path in paths[:4]],
                column_names=[f"eta {eta}" for eta in ETAS], width=3.6)
-    strips = torch.cat([interpolation_strip(model, *noises[:2], way, steps=steps) for way in (slerp, lerp)]).cpu()
-    image_grid(folder / "p2_interpolation.svg", strips, len(ALPHAS), row_names=("slerp", "lerp"), column_names=ALPHAS)
+    strips = [interpolation_strip(model, *noises[:2], way, alphas, steps) for way in (slerp, lerp)]
+    image_grid(folder / "p2_interpolation.svg", torch.cat(strips).cpu(), len(alphas), row_names=("slerp", "lerp"),
+               column_names=alphas)
     curves = {name: errors_of_steps(network, noises[:4], **study) for name, network in
               (("the network's eps", model), ("eps of the clamped x0", consistent(model)))}
     steps_figure(folder / "p2_steps.svg", curves)

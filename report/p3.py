@@ -3,7 +3,7 @@
 import json
 
 from dataset import DOMAIN_NAMES, load_split
-from plots import (BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, draw_digits, draw_domains, plt, save)
+from plots import (BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, draw_digits, draw_domains, image_grid, plt, save)
 from utils import UserError
 
 import numpy as np
@@ -70,11 +70,16 @@ def strip_picture(path, embedding):
 
 # --- The answers --------------------------------------------------------------------------------
 
-def confusion_matrix(model, data_dir, domain):
-    """How often each answer (columns) is given to each true digit (rows): (10, 10), on the validation images."""
-    images, labels, _ = load_split(data_dir, domain, "val")
-    answers = predict(model, images).argmax(dim=1)
+def confusion_matrix(labels, answers):
+    """How often each answer (columns) is given to each true digit (rows): (10, 10)."""
     return torch.bincount(10 * labels + answers, minlength=100).reshape(10, 10)
+
+
+def mistakes_figure(path, images, labels, answers, count=12):
+    """Draws the first `count` of the images whose answer is wrong; above each its digit and the answer."""
+    wrong = (answers != labels).nonzero().flatten()[:count]
+    image_grid(path, images[wrong], len(wrong),
+               column_names=[f"{label} → {answer}" for label, answer in zip(labels[wrong], answers[wrong])])
 
 
 def confusion_figure(path, matrices):
@@ -149,10 +154,15 @@ def build(folder, checkpoints, data_dir, device, quick):
     embeddings, distances = latent_space(before, after, data_dir, 40 if quick else 1000)
     tsne_figure(folder / "p3_tsne.svg", embeddings)
     strip_picture(folder / "p3_strip.png", embeddings[PAIRS[0]]["after"])
-    matrices = {pair: confusion_matrix(model, data_dir, pair[1]) for pair, model in after.items()}
+    matrices = {}
+    for pair, model in after.items():
+        images, labels, _ = load_split(data_dir, pair[1], "val")
+        answers = predict(model, images).argmax(dim=1)
+        matrices[pair] = confusion_matrix(labels, answers)
+        if pair == PAIRS[0]:
+            mistakes_figure(folder / "p3_mistakes.svg", images, labels, answers)
     confusion_figure(folder / "p3_confusion.svg", matrices)
     training_figure(folder / "p3_training.svg", metrics)
-    model = after[PAIRS[0]]
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), recipe=recipe, widths=model.config["widths"],
         features=model.config["num_features"], ablation=ablation(results),

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import utils  # noqa: F401  before torch, as every script does
+
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-
-os.environ.setdefault("MPLBACKEND", "Agg")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +37,8 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(script, flags...): runs a script of the repository as `torchrun --nproc_per_node=2` does and returns what
-    subprocess.run returns; whatever waits for ever is ended after five minutes and fails."""
+    """torchrun(script, flags...): runs a script of the repository in two processes and returns what subprocess.run
+    returns; whatever waits for ever is ended after five minutes and fails."""
     def run(script, *flags):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

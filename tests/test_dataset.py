@@ -539,6 +539,7 @@ def mat(images, labels):
     ("svhn", "test_32x32_first33.mat", mat(np.zeros((32, 32, 3, 2), np.uint8), [0, 3]), "the label 0, labels are 1"),
     ("svhn", "test_32x32_first33.mat", mat(np.zeros((32, 32, 3, 2)), [1, 3]), "its X is 32x32x3x2 float64 instead of"),
     ("svhn", "test_32x32_first33.mat", mat(np.zeros((2, 32, 32, 3), np.uint8), [1, 3]), "its X is 2x32x32x3 uint8"),
+    ("svhn", "test_32x32_first33.mat", mat([1], [1]).replace(b"X", b"Z"), "holds no X and y"),
     ("mnistm", "train-labels-idx1-ubyte.gz", gz_idx(np.arange(40, dtype=np.uint8)), "holds the label 10, labels are 0"),
     ("mnistm", "train-labels-idx1-ubyte.gz", gz_idx(np.zeros((40, 28, 28), np.uint8)), "holds 40x28x28 numbers of"),
     ("mnistm", "train-images-idx3-ubyte.gz", gz_idx(np.zeros(40, np.uint8)), "40 numbers of type 8 instead of Nx28x28"),
@@ -576,3 +577,21 @@ def test_command_line(public, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command("--source_dir", "", "--data_dir", "new")
     assert "--source_dir: the path is empty" in capsys.readouterr().err
+
+
+def test_a_failing_download_says_what_to_do(public, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name):
+        def download(root, *args, **flags):
+            asked.append(name)
+            if name == "SVHN":
+                raise OSError("no route to host")
+        return download
+
+    for name in ("MNIST", "USPS", "SVHN"):
+        monkeypatch.setattr(f"torchvision.datasets.{name}", fetch(name))
+    monkeypatch.setattr(sys, "argv", ["x", "--download", "--source_dir", str(tmp_path / "new"), "--data_dir", "no"])
+    with pytest.raises(UserError, match=r"cannot download SVHN \(no route to host\); put its files into .*new by hand"):
+        build_dataset.main()
+    assert asked == ["MNIST", "USPS", "USPS", "SVHN"]

@@ -95,12 +95,12 @@ def test_channel_scales_every_width(full, narrow):
 
 @torch.no_grad()
 def test_a_narrow_network_still_knows_the_time(narrow):
-    """With one channel a group, GroupNorm would remove the time vector again: what is left would be rounding."""
+    """With one channel a group, GroupNorm would remove the time vector again: rounding, 1e-6, would be left of it."""
     early, late = narrow.time(torch.tensor([1, 900]))[:, None]
     for module in narrow.modules():
         if isinstance(module, ResBlock):
             x = normal(1, module.norm1.num_channels, 8, 8)
-            assert (module(x, early) - module(x, late)).std() > 1e-3 * module(x, early).std()
+            assert (module(x, early) - module(x, late)).std() > 1e-4 * module(x, early).std()
 
 
 @torch.no_grad()

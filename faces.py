@@ -1,0 +1,163 @@
+"""Reads face sets from folders and zip files: crops, numbers, attributes, and the split that every chapter trains on.
+
+    SOURCE          each image's largest centred square: aligned CelebA (178x218, or 89x109 at half size) gives the
+                    usual crop, and what is square already, such as the course's face/train, stays as it is
+    SOURCE:6-58     rows 6 to 58 of each image, stretched to a square: the same crop of a frame squashed to 64x64
+
+An image's number is the one in its name: 000001.jpg in CelebA, 00000.png in the course's set. A number that occurs
+again, in the same source or a later one, is the same face and is dropped.
+"""
+
+import io
+import re
+import threading
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+
+from torchvision.utils import make_grid
+
+from dataset import _images_among, _read_all
+from files import check_output_file, is_stream, write_atomic
+from utils import UserError, nonempty_path
+
+SIZE = 64
+PADDING = 2  # black pixels around each face of a grid
+VALIDATION = range(8001, 9001)  # the numbers of the faces that no training sees; CelebA's attributes are known for them
+
+
+class Faces(NamedTuple):
+    """images: uint8 (N, 3, SIZE, SIZE); numbers: int64 (N,), all different."""
+    images: torch.Tensor
+    numbers: torch.Tensor
+
+    def take(self, chosen):
+        """The Faces that the bool (N,) or the indices `chosen` tell."""
+        return Faces(self.images[chosen], self.numbers[chosen])
+
+
+class FaceSource(NamedTuple):
+    """A folder or zip file and the rows (top, bottom) of its images that are stretched to a square, or None."""
+    path: Path
+    rows: tuple = None
+
+    def __str__(self):
+        return str(self.path) + (f":{self.rows[0]}-{self.rows[1]}" if self.rows else "")
+
+
+def face_source(text):
+    """An argparse type: the FaceSource that `text` names, PATH or PATH:TOP-BOTTOM."""
+    rows = re.fullmatch(r"(.+):(\d+)-(\d+)", text)
+    if rows and not Path(text).exists():
+        return FaceSource(Path(rows[1]), (int(rows[2]), int(rows[3])))
+    return FaceSource(nonempty_path(text))
+
+
+def add_arguments(parser, required=True):
+    """The flag --data_dir of every script that reads faces."""
+    parser.add_argument("--data_dir", type=face_source, nargs="+", required=required, metavar="SOURCE",
+                        help="folders and zip files of faces, each PATH, or PATH:6-58 for squashed frames")
+
+
+def read_faces(sources):
+    """The Faces of a list of FaceSources, in the order of the sources and of the names in each.
+
+    UserError when a source cannot be read, an image's name holds no number, or rows exceed an image.
+    """
+    parts = [(source, *read_source(source)) for source in sources]
+    numbers = np.array([_number(name, source.path) for source, _, names in parts for name in names], dtype=np.int64)
+    _, first = np.unique(numbers, return_index=True)
+    first.sort()
+    return Faces(torch.cat([images for _, images, _ in parts])[first], torch.from_numpy(numbers[first]))
+
+
+def read_source(source):
+    """(images, names) of a FaceSource: uint8 (N, 3, SIZE, SIZE), sorted by name; a list of N strings."""
+    path, rows = source
+    if path.is_dir():
+        files = sorted(path.rglob("*"))
+    elif path.is_file() and zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        files = [zipfile.Path(archive, name) for name in sorted(archive.namelist())]
+    else:
+        raise UserError(f"{path} is neither a folder nor a zip file; name one that holds images")
+    files = _images_among(path, [file for file in files if not file.is_dir()])
+
+    def prepare(image):
+        if rows is None:
+            return ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.LANCZOS)
+        if not rows[0] < rows[1] <= image.height:
+            raise UserError(f"the images in {path} have {image.height} rows, and {rows[0]} to {rows[1]} are asked for")
+        return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS, box=(0, rows[0], image.width, rows[1]))
+
+    # A lock, because archives count their readers without one.
+    return _read_all(files, prepare, SIZE, lock=threading.Lock()), [file.name for file in files]
+
+
+def split_faces(faces):
+    """(training, validation): Faces whose numbers are not, or are, in VALIDATION."""
+    held_out = torch.isin(faces.numbers, torch.tensor(VALIDATION))
+    return faces.take(~held_out), faces.take(held_out)
+
+
+def training_faces(sources):
+    """The training part of split_faces; UserError when nothing is left of it."""
+    training, _ = split_faces(read_faces(sources))
+    if not len(training.images):
+        raise UserError(f"{sources[0].path} holds no face to train on: the numbers {VALIDATION[0]} to {VALIDATION[-1]} "
+                        "are kept for validation; name more faces")
+    return training
+
+
+def test_faces(sources):
+    """The validation part of split_faces, or all faces where there is none, as in the course's face/test."""
+    faces = read_faces(sources)
+    _, validation = split_faces(faces)
+    return validation if len(validation.images) else faces
+
+
+def read_attributes(path):
+    """The attributes in CelebA's list_attr_celeba.txt or the course's train.csv: a DataFrame of bools, a column for
+    each attribute, indexed by the images' numbers."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            table = (pd.read_csv(file, index_col=0) if Path(path).suffix == ".csv" else
+                     pd.read_csv(file, sep=r"\s+", skiprows=1))
+        values = table.to_numpy(dtype=float)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the attributes in {path} ({error}); name list_attr_celeba.txt or train.csv")
+    if not np.isin(values, (-1, 0, 1)).all():
+        raise UserError(f"{path} holds attributes other than -1, 0 and 1; name list_attr_celeba.txt or train.csv")
+    return pd.DataFrame(values > 0, columns=table.columns, index=[_number(str(name), path) for name in table.index])
+
+
+def _number(name, source):
+    digits = re.findall(r"\d+", Path(name).stem)
+    if not digits:
+        raise UserError(f"the name {name} in {source} holds no number; name faces as CelebA does, such as 000001.jpg")
+    return int(digits[-1])
+
+
+# --- Pictures of many faces ---------------------------------------------------------------------
+
+def check_picture(path):
+    """UserError unless the file `path` can be written and is named as a PNG or a JPEG; makes its folder if need be."""
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg") and not is_stream(path):
+        raise UserError(f"the picture {path} must end in .png or .jpg; name another file")
+    check_output_file(path)
+
+
+def save_grid(path, images, columns=8):
+    """Writes uint8 images (N, 3, H, W) in rows of `columns` as one picture, a JPEG or else a PNG by the suffix."""
+    pixels = make_grid(images, nrow=columns, padding=PADDING).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=95, subsampling=0)
+    else:
+        Image.fromarray(pixels).save(buffer, format="PNG")
+    write_atomic(path, buffer.getvalue())

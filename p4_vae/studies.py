@@ -1,0 +1,131 @@
+"""The studies of problem 1: how the weight of the KL divergence trades reconstructions for samples, and the figures.
+
+    python3 p4_vae/studies.py --data_dir first9000.zip squashed.zip:6-58 --attributes list_attr_celeba.txt
+    python3 p4_vae/studies.py --data_dir ... --attributes ... --betas auto --figures p4_vae/output/figures
+
+Trains with each of --betas into a folder of --output_dir, unless that is done (an interrupted training goes on), judges
+1,000 samples of N(0, I) and of the fitted prior as face_grader.py does, which needs its packages, and writes a row each
+into --results. Prints the table as Markdown. --figures: the learning curve and the t-SNE embedding of the validation
+faces' mean latents, of the last of --betas.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, argument_parser, int_at_least, nonempty_path, run
+
+import numpy as np
+import pandas as pd
+from sklearn.manifold import TSNE
+
+import plots
+from face_grader import Judge
+from faces import add_arguments, read_attributes, read_faces, split_faces
+from files import check_output_file, load_checkpoint, make_output_dir, write_atomic
+from p4_vae.evaluate import evaluate
+from p4_vae.inference import generate
+from p4_vae.latents import encode_all
+from p4_vae.model import load_model
+
+MEASURES = {"mse": 4, "kl": 1, "face_rate": 3, "kid": 5, "frechet": 4, "diversity": 3}  # decimals
+
+
+def parse_args():
+    parser = argument_parser(__doc__)
+    add_arguments(parser)
+    parser.add_argument("--attributes", type=nonempty_path, help="list_attr_celeba.txt or the course's train.csv")
+    parser.add_argument("--betas", nargs="+", default=["1e-4", "1e-5", "1e-7", "auto"], help="what train.py is given")
+    parser.add_argument("--epochs", type=int_at_least(1), help="of each training; train.py's own when not given")
+    parser.add_argument("--count", type=int_at_least(2), default=1000, help="samples to judge")
+    parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p4_vae/output/studies",
+                        help="where the trainings go, a folder each")
+    parser.add_argument("--results", type=nonempty_path, default=ROOT / "p4_vae/checkpoints/results.csv",
+                        help="the file of results")
+    parser.add_argument("--figures", type=nonempty_path, help="a folder for figures; none are made when not given")
+    return parser.parse_args()
+
+
+def train(folder, beta, args):
+    """Runs train.py with `beta` into `folder`, from where an earlier run stopped; UserError when it fails."""
+    flags = ["--beta", beta, "--output_dir", folder, "--data_dir", *args.data_dir]
+    flags += ["--attributes", args.attributes] if args.attributes else []
+    flags += ["--epochs", args.epochs] if args.epochs else []
+    flags += ["--resume"] if (folder / "last.pt").exists() else []
+    if subprocess.run([sys.executable, ROOT / "p4_vae/train.py", *map(str, flags)]).returncode:
+        raise UserError(f"the training with --beta {beta} has failed, see above")
+
+
+def measure(folder, beta, judge, count):
+    """The rows of results.csv of the network in `folder`: one for N(0, I), one for the fitted prior."""
+    model, latents = load_model(folder / "model.pt")
+    mse, kl = evaluate(model, judge.validation)
+    rows = []
+    for prior, mixture in (("normal", None), ("fitted", latents["mixture"])):
+        measures, _ = judge(generate(model, range(count), 0, mixture))
+        values = dict(measures, mse=mse, kl=kl)
+        rows.append(dict(beta=beta, prior=prior, count=count, **{name: round(values[name], decimals)
+                                                                 for name, decimals in MEASURES.items()}))
+    return rows
+
+
+def draw_curves(path, metrics):
+    """Writes the learning curve: MSE and KL of the training's batches over epochs; metrics: rows of metrics.jsonl."""
+    figure, axes = plots.plt.subplots(1, 2, figsize=(plots.TEXT_WIDTH, 2))
+    for panel, name, title, colour in zip(axes, ("mse", "kl"), ("mean squared error", "KL divergence, nats"),
+                                          (plots.BLUE, plots.ORANGE)):
+        panel.plot([row["epoch"] for row in metrics], [row[name] for row in metrics], color=colour)
+        panel.set(title=title, xlabel="epoch")
+    plots.save(path, figure)
+
+
+def embed(model, faces, seed=0):
+    """(N, 2): scikit-learn's t-SNE (van der Maaten and Hinton 2008) of the mean latents of Faces."""
+    means, _ = encode_all(model, faces.images)
+    perplexity = min(30, (len(means) - 1) / 3)
+    return TSNE(init="pca", learning_rate="auto", perplexity=perplexity, random_state=seed).fit_transform(means.numpy())
+
+
+def draw_embedding(path, points, has):
+    """Writes the points (N, 2) once for each attribute of `has`, {name: bool (N,)}, coloured by it."""
+    figure, axes = plots.plt.subplots(1, len(has), figsize=(plots.TEXT_WIDTH, 2.6), squeeze=False)
+    for panel, (name, values) in zip(axes[0], has.items()):
+        for value, colour in ((False, plots.BLUE), (True, plots.ORANGE)):
+            panel.scatter(*points[np.asarray(values) == value].T, s=2, linewidths=0, color=colour,
+                          label=f"{'' if value else 'not '}{name}")
+        panel.set(xticks=[], yticks=[])
+        panel.legend(markerscale=3, handletextpad=0)
+    plots.save(path, figure)
+
+
+def draw_figures(folder, training, args):
+    """Writes curves.svg and tsne.svg of the training in the folder `training` into `folder`."""
+    make_output_dir(folder)
+    draw_curves(folder / "curves.svg", load_checkpoint(training / "last.pt", "p4_vae", ["metrics"])["metrics"])
+    if args.attributes:
+        model, _ = load_model(training / "model.pt")
+        _, validation = split_faces(read_faces(args.data_dir))
+        table = read_attributes(args.attributes).loc[validation.numbers.tolist(), ["Male", "Smiling"]]
+        draw_embedding(folder / "tsne.svg", embed(model, validation), dict(table))
+
+
+def main():
+    args = parse_args()
+    check_output_file(args.results)
+    for beta in args.betas:
+        train(args.output_dir / beta, beta, args)
+    if args.figures:
+        draw_figures(args.figures, args.output_dir / args.betas[-1], args)
+    judge = Judge(args.data_dir)
+    rows = [row for beta in args.betas for row in measure(args.output_dir / beta, beta, judge, args.count)]
+    rows = pd.DataFrame(rows)
+    write_atomic(args.results, rows.to_csv(index=False).encode())
+    lines = [list(rows.columns), ["---"] * rows.shape[1], *rows.astype(str).values.tolist()]
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+if __name__ == "__main__":
+    run(main)

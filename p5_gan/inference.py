@@ -1,0 +1,70 @@
+"""Generates faces with the checkpoint of problem 2.
+
+    bash assignments/dlcv2020_hw3/hw3_p2.sh OUT.png              # 32 faces in one picture, PNG or JPEG
+    python3 p5_gan/inference.py OUT_DIR --count 1000             # 0000.png ... 0999.png
+
+A face depends on --seed and its number alone: 0031.png is the last one of the grid.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import (UserError, argument_parser, image_generators, in_batches, int_at_least, nonempty_path, pick_device,
+                   randn, require_finite, run, to_uint8)
+
+import torch
+
+from faces import check_picture, save_grid
+from files import make_output_dir, save_png
+from p5_gan.model import CHECKPOINT, load_model
+
+
+@torch.no_grad()
+def generate(model, numbers, seed, batch_size=250):
+    """uint8 (N, 3, 64, 64) on the CPU: the faces of the list `numbers`, whose latents are keyed by (seed, number).
+
+    UserError when a face comes out as NaN.
+    """
+    device = next(model.parameters()).device
+
+    def images_of(batch):
+        images = model(randn(image_generators(seed, batch), (model.latents,), device))
+        return to_uint8((require_finite(images, [f"face {number}" for number in batch]) + 1) / 2).cpu()
+
+    return torch.cat([images for _, images in in_batches(images_of, numbers, batch_size)])
+
+
+def parse_args():
+    parser = argument_parser(__doc__)
+    parser.add_argument("output_dir", type=nonempty_path, nargs="?", help="folder for faces one by one")
+    parser.add_argument("--grid", type=nonempty_path, metavar="FILE", help="a picture, .png or .jpg, for all together")
+    parser.add_argument("--count", type=int_at_least(1), default=32, help="faces")
+    parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the latents")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    parser.add_argument("--batch_size", type=int_at_least(1), default=250, help="faces at a time")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if not (args.output_dir or args.grid):
+        raise UserError("nothing would be written; name a folder for faces one by one, or --grid FILE")
+    if args.grid:
+        check_picture(args.grid)
+    model = load_model(args.checkpoint, pick_device(args.device))
+    images = generate(model, range(args.count), args.seed, args.batch_size)
+    if args.grid:
+        save_grid(args.grid, images)
+    if args.output_dir:
+        output_dir = make_output_dir(args.output_dir)
+        for i, image in enumerate(images):
+            save_png(output_dir / f"{i:04d}.png", image)
+    print(f"{len(images)} images in {' and '.join(str(path) for path in (args.output_dir, args.grid) if path)}")
+
+
+if __name__ == "__main__":
+    run(main)

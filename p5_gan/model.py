@@ -1,0 +1,74 @@
+"""Generator and discriminator of 64x64 faces: those of DCGAN (Radford et al. 2016), the latter with spectral norm.
+
+Spectral normalisation (Miyato et al. 2018) divides every weight of the discriminator by its largest singular value; it
+needs no batch normalisation beside it.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from files import load_checkpoint, load_weights
+from p5_gan.augment import DiffAugment
+from utils import UserError
+
+CHECKPOINT = Path(__file__).parent / "checkpoints/gan.pt"
+
+
+class Generator(nn.Module):
+    """Images from latents: transposed convolutions, batch normalisation, ReLU; tanh at the end.
+
+    latents: the length L of z. channels: width at 32x32, which doubles at 16x16, 8x8 and 4x4.
+    """
+
+    def __init__(self, latents, channels):
+        super().__init__()
+        self.latents = latents
+        widths = [8 * channels, 4 * channels, 2 * channels, channels]
+        layers = [nn.Linear(latents, 16 * widths[0], bias=False), nn.Unflatten(1, (widths[0], 4, 4)),
+                  nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        for wide, narrow in zip(widths, widths[1:]):
+            layers += [nn.ConvTranspose2d(wide, narrow, 4, 2, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(channels, 3, 4, 2, 1), nn.Tanh())
+
+    def forward(self, z):
+        """float32 (B, 3, 64, 64) in [-1, 1] for standard normal z (B, L)."""
+        return self.layers(z).float()
+
+
+class Discriminator(nn.Module):
+    """How real images look: strided convolutions, leaky ReLU. While it is trained, it augments what it sees.
+
+    channels: width at 32x32, which doubles at 16x16, 8x8 and 4x4.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.augment = DiffAugment()
+        widths = [3, channels, 2 * channels, 4 * channels, 8 * channels]
+        self.layers = nn.ModuleList(spectral_norm(nn.Conv2d(*pair, 4, 2, 1)) for pair in zip(widths, widths[1:]))
+        self.last = spectral_norm(nn.Conv2d(widths[-1], 1, 4))
+
+    def forward(self, images):
+        """Logits, float32 (B,): positive for real, for images (B, 3, 64, 64) in [-1, 1]."""
+        x = self.augment(images) if self.training else images
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.2)
+        return self.last(x).flatten().float()
+
+
+def load_model(path, device="cpu"):
+    """The generator in evaluation mode of a file of train.py; UserError when it does not hold one."""
+    if path == CHECKPOINT and not path.exists():
+        raise UserError(f"the trained network {path} is not part of this copy; train one with 'python3 "
+                        "p5_gan/train.py --data_dir FACES' and name it with --checkpoint p5_gan/output/model.pt")
+    checkpoint = load_checkpoint(path, "p5_gan", ["config", "ema"])
+    try:
+        model = Generator(checkpoint["config"]["latents"], checkpoint["config"]["channels"])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise UserError(f"the checkpoint {path} does not describe a generator ({error}); fetch it again")
+    load_weights(model, checkpoint["ema"], path)
+    return model.to(device, memory_format=torch.channels_last).eval()

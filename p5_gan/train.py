@@ -1,0 +1,125 @@
+"""Trains the generative adversarial network of problem 2 on faces.
+
+    python3 p5_gan/train.py --data_dir first9000.zip squashed.zip:6-58
+    python3 p5_gan/train.py --data_dir ... --resume                   # goes on where the last run stopped
+    python3 p5_gan/train.py --data_dir face/train                     # the course's set
+    torchrun --nproc_per_node=4 p5_gan/train.py --data_dir ...        # several GPUs; --batch_size is for all together
+
+What --data_dir takes: faces.py. The faces 8001 to 9000 are kept for validation. Writes into --output_dir:
+    last.pt         everything that --resume needs, every --save_every steps
+    model.pt        the generator's EMA weights in half precision, for inference.py
+    metrics.jsonl   one line per checkpoint, see below
+    samples_*.png   32 faces from latents that are always the same
+
+Whether the two players match is in metrics.jsonl: the discriminator's mean logits of real and generated images and the
+share that it classifies rightly (1 means that it has won, 0.5 that it guesses), the gradients' norms of both, and the
+share of images that is augmented, which rises when the discriminator knows its training faces by heart.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run, to_uint8
+
+import torch
+
+import training
+from faces import add_arguments, save_grid, training_faces
+from p5_gan.losses import LOSSES
+from p5_gan.model import Discriminator, Generator
+
+
+def parse_args():
+    parser = argument_parser(__doc__)
+    add_arguments(parser)
+    parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p5_gan/output", help="where to write")
+    training.add_arguments(parser, epochs=40, batch_size=64, lr=3e-4, warmup=100, weight_decay=0.0, ema=0.999,
+                           save_every=500)
+    parser.add_argument("--loss", choices=sorted(LOSSES), default="hinge", help="what the two players minimise")
+    parser.add_argument("--no_augment", action="store_true", help="show the discriminator the images as they are")
+    parser.add_argument("--latents", type=int_at_least(1), default=128, help="length of the latent vector")
+    parser.add_argument("--channels", type=int_at_least(1), default=32, help="width of both networks at 32x32")
+    return parser.parse_args()
+
+
+def make_optimizers(network, args):
+    """Those of training.py with the momentum of DCGAN: a longer memory of the other player's past does harm."""
+    optimizers = training.make_optimizers(network, args)
+    optimizers[-1].param_groups[0]["betas"] = (0.5, 0.99)
+    return optimizers
+
+
+def gradient_norm(network):
+    return torch.stack([parameter.grad.norm() for parameter in network.parameters()]).norm()
+
+
+def save_samples(path, generator, device):
+    """A PNG grid of 32 faces from fixed latents."""
+    with torch.no_grad():
+        images = generator(randn(image_generators(0, range(32)), (generator.latents,), device))
+    save_grid(path, to_uint8((images + 1) / 2).cpu())
+
+
+def main():
+    args = parse_args()
+    process, saved = training.start(args, "p5_gan")
+    device = process.device
+    images = training_faces(args.data_dir).images.to(device)
+    per_epoch = training.steps_per_epoch(len(images), args.batch_size)
+    total = args.epochs * per_epoch
+
+    training.seed_all(args.seed)
+    config = dict(latents=args.latents, channels=args.channels)
+    generator = Generator(**config).to(device, memory_format=torch.channels_last)
+    discriminator = Discriminator(args.channels).to(device, memory_format=torch.channels_last)
+    player = training.make_parts(generator, make_optimizers(generator, args), process, saved)
+    other = training.make_parts(discriminator, make_optimizers(discriminator, args), process,
+                                saved and saved["discriminator"])
+    other = other._replace(ema=discriminator)  # nobody needs its average; one with itself changes nothing
+    generate, discriminate = (training.distribute(network, process) for network in (generator, discriminator))
+    discriminator_loss, generator_loss = LOSSES[args.loss]
+    metrics, means = saved["metrics"] if saved else [], training.Means()
+    if process.rank == 0:
+        print(f"{len(images)} faces, {sum(p.numel() for p in generator.parameters()):,} and "
+              f"{sum(p.numel() for p in discriminator.parameters()):,} parameters, {device}, "
+              f"{process.dtype or torch.float32}, {process.count} process(es), {total} steps", flush=True)
+
+    for step in training.steps(args, process, saved, total):
+        real = images[training.batch_indices(step, len(images), args, process)].float() / 127.5 - 1
+        real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real.flip(3), real)
+        factor, decay = training.warmup_cosine(step, total, args.warmup), training.ema_decay(args.ema, step)
+        with autocast(device, process.dtype):
+            generated = generate(torch.randn(len(real), args.latents, device=device))
+            on_real, on_generated = discriminate(torch.cat([real, generated.detach()])).chunk(2)
+            loss = discriminator_loss(on_real, on_generated)
+        training.update(other, loss, factor, 0.0, clip=0)
+        right = torch.cat([on_real > 0, on_generated < 0]).float()
+        means.add(real_logit=on_real, generated_logit=on_generated, accuracy=right, discriminator_loss=loss,
+                  discriminator_gradient=gradient_norm(discriminator), augmented=discriminator.augment.share)
+        if not args.no_augment:
+            discriminator.augment.adapt(on_real.detach())
+
+        discriminator.requires_grad_(False)
+        with autocast(device, process.dtype):
+            loss = generator_loss(discriminator(generated))
+        training.update(player, loss, factor, decay, clip=0)
+        discriminator.requires_grad_(True)
+        means.add(generator_loss=loss, generator_gradient=gradient_norm(generator))
+        if not training.due(args, step, total):
+            continue
+        training.log(metrics, means, step, per_epoch, args, player, process)
+        if process.rank == 0:
+            description = dict(kind="p5_gan", config=config, recipe=training.recipe(args), metrics=metrics)
+            training.save_model(args.output_dir, player.ema, **description)
+            save_samples(args.output_dir / f"samples_{step + 1:06d}.png", player.ema, device)
+            weights = discriminator.state_dict()
+            rest = dict(model=weights, ema=weights, optimizer=[o.state_dict() for o in other.optimizers],
+                        scaler=other.scaler.state_dict())
+            training.save_training(args.output_dir, player, step, **description, discriminator=rest)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Scenes with several labels: a conditional DDPM for i-CLEVR with classifier guidance."""

@@ -1,0 +1,182 @@
+"""Generates scenes that show the objects asked for, with the checkpoint of the chapter.
+
+    bash assignments/nycu2024_lab6/lab6.sh out_dir                        # the lab: 64 scenes, grids, strip, accuracies
+    python3 p7_clevr/inference.py out_dir --labels "red sphere" "cyan cube"        # any wish, eight times
+
+Writes into out_dir, for the lab (for --labels alone 0.png ... 7.png and grid.png):
+    images/test/0.png ... 31.png, images/new_test/0.png ...    a scene for each list of the conditions, in their order
+    grid_test.png, grid_new_test.png                           the same, eight a row
+    denoising.png                                              ["red sphere", "cyan cylinder", "cyan cube"] from noise
+and prints the evaluator's accuracies. The noise of a scene depends on --seed and its number alone.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import (UserError, argument_parser, float_between, image_generators, in_batches, nonempty_path, pick_device,
+                   randn, require_finite, run, to_uint8)
+
+from typing import NamedTuple
+
+import torch
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from files import make_output_dir, save_png
+from p1_ddpm.diffusion import SAMPLERS, guided_predictor
+from p1_ddpm.inference import Sampling, add_sampling_arguments, sampling_of, visited_timesteps
+from p7_clevr.evaluator import CHECKPOINTS, Evaluator, load_grader
+from p7_clevr.guidance import algorithm_1, algorithm_2, clean_gradient, noisy_gradient
+from p7_clevr.model import load_model, scene_schedule
+from p7_clevr.scenes import CONDITIONS, check_objects, multi_hot, read_conditions
+
+CHECKPOINT = CHECKPOINTS / "scenes.pt"
+SHIPPED = Sampling(guidance=2.0, interval=(0, 1000))  # the setting of lab6.sh
+STRIP = ["red sphere", "cyan cylinder", "cyan cube"]
+
+
+class Guide(NamedTuple):
+    """A classifier that guides: `scale` is s of Dhariwal & Nichol 2021, 0 for none."""
+    network: torch.nn.Module = None
+    noisy: bool = False
+    scale: float = 0.0
+
+
+def add_scene_arguments(parser):
+    """The flags that say how scenes are sampled; studies.py shares them."""
+    add_sampling_arguments(parser)
+    parser.set_defaults(checkpoint=CHECKPOINT, batch_size=32, **SHIPPED._asdict())
+    parser.add_argument("--scale", type=float_between(0), default=0.0, help="strength of classifier guidance, 0: none")
+    parser.add_argument("--guide", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
+                        help="the classifier that guides: the evaluator, or one of noisy pictures")
+    parser.add_argument("--evaluator", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
+                        help="what measures accuracy, such as the course's checkpoint.pth")
+
+
+def load_scenes_model(args, device):
+    """(network, alphas_cumprod) for the flags `args`, see load_model."""
+    if args.checkpoint == CHECKPOINT and not CHECKPOINT.exists():
+        raise UserError(f"there is no {CHECKPOINT}, for its training is not done: run 'python3 p7_clevr/train.py "
+                        "--data_dir DIR' and name the model.pt that it writes with --checkpoint")
+    return load_model(args.checkpoint, device, args.weights)
+
+
+def load_guide(path, scale, alphas_cumprod, device):
+    """The Guide that the file `path` holds; none is read for scale 0."""
+    if not scale:
+        return Guide()
+    network, config = load_grader(path, device)
+    if "schedule" in config and not torch.equal(scene_schedule(**config["schedule"]), alphas_cumprod.cpu()):
+        raise UserError(f"the classifier {path} knows other timesteps than the checkpoint; "
+                        "train both with one schedule")
+    return Guide(network, "schedule" in config, scale)
+
+
+@torch.no_grad()
+def sample(model, alphas_cumprod, labels, noise, generators, sampling, guide=Guide()):
+    """Yields (t, x_t) after each step from the noise x_T (B, 3, 64, 64) to pictures in [-1, 1] of multi-hot labels."""
+    alphas_cumprod = alphas_cumprod.cpu()  # each of its values is asked for by itself
+    timesteps = visited_timesteps(sampling, alphas_cumprod)
+    predict = guided_predictor(model, labels, model.null(labels), alphas_cumprod, sampling.guidance, sampling.interval)
+    options = dict(eta=sampling.eta) if sampling.sampler == "ddim" else {}
+    if guide.scale:
+        gradient = (noisy_gradient(guide.network, labels) if guide.noisy
+                    else clean_gradient(guide.network, labels, alphas_cumprod))
+        if sampling.sampler == "ddpm":
+            yield from algorithm_1(predict, gradient, noise, timesteps, alphas_cumprod, generators, guide.scale)
+            return
+        predict = algorithm_2(predict, gradient, alphas_cumprod, guide.scale)
+    yield from SAMPLERS[sampling.sampler](predict, noise, timesteps, alphas_cumprod, generators, **options)
+
+
+def generate(model, alphas_cumprod, scenes, sampling, seed, device, batch_size=32, guide=Guide(), keep=()):
+    """Yields (scenes, images, states) batch by batch for the list `scenes` of (number, list of objects).
+
+    images: uint8 (B, 3, 64, 64) on the CPU. states: {t: images at timestep t} for those in `keep`, which the sampler
+    has to visit. A scene's noise is keyed by (seed, number), so neither its batch nor the other scenes change it.
+    UserError when an image comes out as NaN.
+    """
+    def images_of(batch):
+        numbers, sets = zip(*batch)
+        generators = image_generators(seed, numbers)
+        x = randn(generators, model.image_shape, device)
+        states = {len(alphas_cumprod) - 1: x}
+        for t, x in sample(model, alphas_cumprod, multi_hot(sets).to(device), x, generators, sampling, guide):
+            if t in keep:
+                states[t] = x
+            bar.update(len(batch))
+        require_finite(x, [f"scene {number}" for number in numbers])
+        return to_uint8((x + 1) / 2).cpu(), {t: to_uint8((states[t] + 1) / 2).cpu() for t in keep}
+
+    with tqdm(total=len(scenes) * sampling.steps, desc="sampling", unit="image-step", unit_scale=True,
+              disable=None) as bar:
+        for batch, (images, states) in in_batches(images_of, scenes, batch_size):
+            yield batch, images, states
+
+
+def as_input(images):
+    """uint8 images as the evaluators take them: float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def strip_timesteps(timesteps, states=8):
+    """`states` of the visited `timesteps`, or all where there are fewer, evenly apart from the first to the last."""
+    last = len(timesteps) - 1
+    return sorted({timesteps[round(i * last / (states - 1))] for i in range(states)}, reverse=True)
+
+
+def save_grid(path, images, per_row=8):
+    save_png(path, make_grid(images, nrow=per_row, padding=2, pad_value=255))
+
+
+def save_images(folder, images):
+    """0.png, 1.png, ... in `folder` for uint8 images (N, 3, 64, 64)."""
+    make_output_dir(folder)
+    for number, image in enumerate(images):
+        save_png(folder / f"{number}.png", image)
+
+
+def parse_args():
+    parser = argument_parser(__doc__)
+    parser.add_argument("output_dir", type=nonempty_path, help="folder for the pictures; made if need be")
+    add_scene_arguments(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--data_dir", type=nonempty_path, default=CONDITIONS, help="holds test.json and new_test.json")
+    what.add_argument("--labels", nargs="+", metavar="OBJECT", help="draw these objects instead")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.labels:
+        lists = {"": [check_objects(args.labels, "--labels")] * 8}
+    else:
+        lists = {name: read_conditions(args.data_dir / f"{name}.json") for name in ("test", "new_test")}
+    device, sampling = pick_device(args.device), sampling_of(args)
+    model, alphas_cumprod = load_scenes_model(args, device)
+    evaluator = Evaluator(args.evaluator, device)
+    guide = load_guide(args.guide, args.scale, alphas_cumprod, device)
+    keep = strip_timesteps(visited_timesteps(sampling, alphas_cumprod))
+    output_dir = make_output_dir(args.output_dir)
+
+    scenes = [(1000 * place + number, names) for place, sets in enumerate(lists.values())
+              for number, names in enumerate(sets)] + [(1000 * len(lists), STRIP)] * (not args.labels)
+    batches = list(generate(model, alphas_cumprod, scenes, sampling, args.seed, device, args.batch_size, guide, keep))
+    images = torch.cat([images for _, images, _ in batches])
+    for name, sets in lists.items():
+        generated, images = images[:len(sets)], images[len(sets):]
+        save_images(output_dir / "images" / name if name else output_dir, generated)
+        save_grid(output_dir / (f"grid_{name}.png" if name else "grid.png"), generated)
+        print(f"{name or ', '.join(args.labels)}: accuracy {evaluator.eval(as_input(generated), multi_hot(sets)):.4f} "
+              f"({len(sets)} pictures)")
+    if not args.labels:
+        *_, states = batches[-1]
+        save_grid(output_dir / "denoising.png", torch.stack([states[t][-1] for t in keep]), len(keep))
+    print(f"the pictures are in {output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,143 @@
+"""How guidance, sampler, steps and classifier guidance trade accuracy, fidelity and time: the report's tables.
+
+    python3 p7_clevr/studies.py --data_dir DIR                                # all tables of the committed checkpoint
+    python3 p7_clevr/studies.py --data_dir DIR --tables conditioning --checkpoint multi_hot.pt
+
+Generates the scenes of each setting, judges them as evaluate.py does, and adds a line to --output. Settings of the same
+checkpoint that are in that file already are not measured again, so an interrupted study goes on. Prints the tables as
+Markdown: mean and standard deviation where settings differ in the seed alone. Tables that serve to choose use sets of
+their own and the seeds 11 to 13; those reported, "seeds" and "fidelity", took part in no choice.
+"""
+
+import hashlib
+import itertools
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import argument_parser, nonempty_path, pick_device, run
+
+import pandas as pd
+import torch
+
+from files import check_output_file, load_checkpoint, write_atomic
+from p1_ddpm.inference import Sampling, sampling_of
+from p7_clevr.evaluate import Judge
+from p7_clevr.evaluator import CHECKPOINTS
+from p7_clevr.inference import add_scene_arguments, generate, load_guide, load_scenes_model
+from p7_clevr.scenes import held_out_sets, official_sets, random_sets
+
+
+def each(sets, seeds, *changes):
+    """Each of the `changes` to the flags with each of the seeds, for one of the kinds of sets."""
+    return [dict(sets=sets, seed=seed, **change) for change in changes for seed in seeds]
+
+
+CHOICE = "choice", (11, 12, 13)
+# Each table varies some flags of inference.py and leaves the others at what the command line says.
+TABLES = {
+    "guidance": each(*CHOICE, *[dict(guidance=g) for g in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)]),
+    "interval": each(*CHOICE, *[dict(interval=i) for i in ((0, 1000), (200, 1000), (0, 800), (200, 800))]),
+    "steps": each(*CHOICE, *[dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (10, 20, 40)]),
+    "spacing": each(*CHOICE, *[dict(spacing=s, steps=n) for s in ("log_snr", "uniform") for n in (10, 20)]),
+    "classifier": each(*CHOICE, *[dict(sampler=s) for s in ("ddim", "ddpm")],
+                       *[dict(sampler=s, guide=guide, scale=scale) for s in ("ddim", "ddpm")
+                         for guide in ("evaluator", "noisy") for scale in (0.02, 0.1, 0.5)]),
+    "conditioning": each(*CHOICE, *[dict(guidance=g) for g in (0.0, 2.0)]) + each("held_out", (11,), {}),
+    "seeds": [row for sets in ("test", "new_test", "held_out", "four", "five") for row in each(sets, range(5), {})],
+    "judged": [row for sets in ("test", "new_test") for row in each(sets, range(5), dict(scale=0.1))],
+    "fidelity": each("real", (0,), {}),
+}
+DEFAULTS = dict(Sampling()._asdict(), scale=0.0, guide="evaluator", sets="test", seed=0, weights="ema")
+FLAGS = list(DEFAULTS)
+MEASURES = {"accuracy": 4, "judge": 4, "too_many": 3, "frechet": 3, "frechet_ratio": 2, "color_mean": 2, "color_std": 2,
+            "seconds": 1}  # decimals
+
+
+def sets_of(kind, judge):
+    """The lists of objects that a table's `sets` stands for; "real" are those of 300 real pictures."""
+    official = official_sets()
+    known = [*itertools.chain(*official.values()), *held_out_sets()]
+    kinds = {**official, "choice": random_sets(64, [2, 3], seed=1, without=known), "held_out": held_out_sets(),
+             "four": random_sets(50, [4], seed=2), "five": random_sets(50, [5], seed=3), "real": judge.sets[:300]}
+    return kinds[kind]
+
+
+def parse_args():
+    parser = argument_parser(__doc__)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which tables to make")
+    parser.add_argument("--output", type=nonempty_path, default=CHECKPOINTS / "results.csv", help="the file of results")
+    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
+    add_scene_arguments(parser)
+    return parser.parse_args()
+
+
+def as_text(setting):
+    """{flag: its value as results.csv spells it}."""
+    return {flag: "{:g} to {:g}".format(*setting[flag]) if flag == "interval" else str(setting[flag]) for flag in FLAGS}
+
+
+def measure(model, alphas_cumprod, judge, setting, device, batch_size):
+    """The MEASURES of a setting, a dict with the keys FLAGS."""
+    sets = sets_of(setting["sets"], judge)
+    sampling = Sampling(**{flag: setting[flag] for flag in Sampling._fields})
+    guide = load_guide(CHECKPOINTS / f"{setting['guide']}.pth", setting["scale"], alphas_cumprod, device)
+    start = time.time()
+    scenes = list(enumerate(sets))
+    batches = generate(model, alphas_cumprod, scenes, sampling, setting["seed"], device, batch_size, guide)
+    images = torch.cat([images for _, images, _ in batches])
+    measures = dict(seconds=time.time() - start, **judge(images, sets))
+    return {name: round(measures[name], decimals) for name, decimals in MEASURES.items()}
+
+
+def means(rows):
+    """Rows that differ in the seed alone made one: mean and `_std` of each measure, and the number of `seeds`."""
+    groups = rows.groupby(["condition", *(flag for flag in FLAGS if flag != "seed")], sort=False)[list(MEASURES)]
+    return groups.mean().join(groups.std().add_suffix("_std")).join(groups.size().rename("seeds")).reset_index()
+
+
+def markdown(rows):
+    """The means of some rows of results as a Markdown table of the flags that vary and the measures."""
+    table = means(rows)
+    shown = table[[flag for flag in ["condition", *FLAGS] if flag in table and table[flag].nunique() > 1]].astype(str)
+    for name, decimals in MEASURES.items():
+        shown[name] = [f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if seeds > 1 else "")
+                       for mean, std, seeds in zip(table[name], table[f"{name}_std"], table.seeds)]
+    lines = [list(shown.columns), ["---"] * shown.shape[1], *shown.values.tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    check_output_file(args.output)
+    model, alphas_cumprod = load_scenes_model(args, device)
+    checkpoint = load_checkpoint(args.checkpoint, "p7_clevr", ["metrics", "config"])
+    about = dict(checkpoint=hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:8],
+                 condition=checkpoint["config"]["network"]["condition"],
+                 epochs=f"{checkpoint['metrics'][-1]['epoch']:g}")
+    flags = dict(DEFAULTS, **sampling_of(args)._asdict(), weights=args.weights)
+    judge = Judge(args.data_dir, device, args.evaluator)
+    rows = pd.read_csv(args.output, dtype=str).to_dict("records") if args.output.exists() else []
+    for name in args.tables:
+        for changes in TABLES[name]:
+            setting = {**flags, **changes}
+            setting["steps"] = min(setting["steps"], len(alphas_cumprod) - 1)
+            row = dict(about, **as_text(setting))
+            same = [old for old in rows if all(str(old[key]) == value for key, value in row.items())]
+            if any(old["table"] == name for old in same):
+                continue
+            measures = ({key: same[0][key] for key in MEASURES} if same else  # another table has it
+                        measure(model, alphas_cumprod, judge, setting, device, args.batch_size))
+            rows.append(dict(table=name, **row, **measures))
+            print(rows[-1], flush=True)
+            write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
+        made = pd.DataFrame(rows).query("table == @name")
+        print(f"\n{name}\n\n{markdown(made.astype(dict.fromkeys(MEASURES, float)))}\n", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,128 @@
+"""Trains the graders of scenes on the share of the stand-in's scenes that the generator never sees.
+
+    python3 p7_clevr/train_evaluator.py --data_dir DIR                                     # the evaluator
+    python3 p7_clevr/train_evaluator.py --data_dir DIR --network encoder --seed 1 --output_dir p7_clevr/output/judge
+    python3 p7_clevr/train_evaluator.py --data_dir DIR --network encoder --noisy --output_dir p7_clevr/output/noisy
+
+--resume, --dry_run and torchrun as in train.py. Writes last.pt, metrics.jsonl and model.pt into --output_dir; model.pt
+is what p7_clevr/checkpoints holds as evaluator.pth, judge.pth and noisy.pth. Prints the accuracy of `Evaluator.eval` on
+held-out scenes, for --noisy at a signal-to-noise ratio of 1.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import argument_parser, autocast, float_between, nonempty_path, run
+
+import torch
+import torch.nn.functional as F
+
+from files import save_checkpoint
+from p1_ddpm.diffusion import diffuse
+from p7_clevr.evaluator import NETWORKS, top_k_hits
+from p7_clevr.model import scene_schedule
+from p7_clevr.scenes import empty_background, read_scenes
+from training import (Means, add_arguments, batch_indices, distribute, due, ema_decay, log, make_optimizers, make_parts,
+                      recipe, save_training, seed_all, start, steps, steps_per_epoch, update, warmup_cosine)
+from transforms import random_affine, uniform
+
+SCHEDULE = dict(name="cosine", timesteps=1000, shift=3.0)  # the generator's
+
+
+def parse_args():
+    parser = argument_parser(__doc__)
+    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
+    parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p7_clevr/output/evaluator",
+                        help="where checkpoints go")
+    add_arguments(parser, epochs=20, batch_size=64, lr=1e-3, warmup=100, weight_decay=0.05, ema=0.998, save_every=280)
+    parser.add_argument("--network", choices=sorted(NETWORKS), default="resnet18", help="which grader")
+    parser.add_argument("--noisy", action="store_true", help="train on noisy pictures, to guide")
+    parser.add_argument("--paste", type=float_between(0, 1), default=0.3,
+                        help="share of pictures that get the objects of another one as well")
+    return parser.parse_args()
+
+
+def augment(x, labels, background, paste):
+    """Other pictures of the same objects: x (B, 3, 64, 64) in [-1, 1] and multi-hot labels (B, 24) -> the same.
+
+    Some get the objects of another one as well, that is what differs from the `background` (3, 64, 64), so that more
+    than three occur. Mirrored, moved, stretched, brighter or darker, grainier: nothing that changes a shape or the name
+    of a colour.
+    """
+    # Moved sideways, for the first object of every scene stands in the centre.
+    shift = int(torch.randint(9, 17, ()) * (2 * torch.randint(0, 2, ()) - 1))
+    other, pasted = x.roll(1, 0), uniform(0, 1, len(x), x.device) < paste
+    mask = (other - background).abs().amax(1, keepdim=True) > 0.08
+    x = torch.where(mask.roll(shift, 3) & pasted, other.roll(shift, 3), x)
+    labels = torch.where(pasted.flatten(1), labels.maximum(labels.roll(1, 0)), labels)
+    x = torch.where(uniform(0, 1, len(x), x.device) < 0.5, x, x.flip(3))
+    x = random_affine(x, zoom=(0.87, 1.15), stretch=0.1, shift=0.12)
+    x = (x + 1) * uniform(0.9, 1.1, len(x), x.device) - 1
+    return x + uniform(0, 0.04, len(x), x.device) * torch.randn_like(x), labels
+
+
+@torch.no_grad()
+def accuracy(model, images, labels, noisy_at=None):
+    """The share of labels among the k likeliest of each image: uint8 images; noisy_at: (t, alphas_cumprod) or None."""
+    hits = 0
+    stream = torch.Generator().manual_seed(0)
+    for batch, label in zip(images.split(256), labels.split(256)):
+        x, t = batch.float() / 127.5 - 1, None
+        if noisy_at:
+            t = torch.full((len(x),), noisy_at[0], device=x.device)
+            x = diffuse(x, t, torch.randn(x.shape, generator=stream).to(x.device), noisy_at[1])
+        hits += top_k_hits(model.logits(x, t), label).sum().item()
+    return hits / labels.sum().item()
+
+
+def main():
+    args = parse_args()
+    process, saved = start(args, "p7_clevr_evaluator")
+    device = process.device
+    images, labels, held_out_images, held_out_labels = (
+        tensor.to(device) for part in ("grader", "held_out") for tensor in read_scenes(args.data_dir, part)[:2])
+    alphas_cumprod = scene_schedule(**SCHEDULE).to(device)
+    background = empty_background(images) / 127.5 - 1
+    equal = (alphas_cumprod - 0.5).abs().argmin().item()  # where signal and noise have the same variance
+    per_epoch = steps_per_epoch(len(images), args.batch_size)
+    total = args.epochs * per_epoch
+    config = dict(network=args.network, **(dict(schedule=SCHEDULE) if args.noisy else {}))
+
+    seed_all(args.seed)
+    model = NETWORKS[args.network]().to(device)
+    parts = make_parts(model, make_optimizers(model, args), process, saved)
+    metrics, means = saved["metrics"] if saved else [], Means()
+    network = distribute(model, process)
+    if process.rank == 0:
+        print(f"{len(images)} pictures, {len(held_out_images)} held out, "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {total} steps")
+
+    for step in steps(args, process, saved, total):
+        batch = batch_indices(step, len(images), args, process)
+        x, y = augment(images[batch].float() / 127.5 - 1, labels[batch], background, args.paste)
+        t = torch.zeros(len(x), dtype=torch.int64, device=device)
+        if args.noisy:
+            t = torch.randint(0, len(alphas_cumprod), (len(x),), device=device)
+            x = diffuse(x, t, torch.randn_like(x), alphas_cumprod)
+        with autocast(device, process.dtype):
+            probabilities = network(x, t)
+        loss = F.binary_cross_entropy(probabilities.float(), y, reduction="none").sum(1)
+        update(parts, loss.mean(), warmup_cosine(step, total, args.warmup), ema_decay(args.ema, step))
+        means.add(loss=loss)
+        if due(args, step, total):
+            means.add(accuracy=torch.tensor(accuracy(parts.ema, held_out_images, held_out_labels,
+                                                     (equal, alphas_cumprod) if args.noisy else None)))
+            log(metrics, means, step, per_epoch, args, parts, process)
+            if process.rank == 0:
+                description = dict(kind="p7_clevr_evaluator", config=config, recipe=recipe(args), metrics=metrics)
+                weights = {name: value.half() if name in dict(model.named_parameters()) else value
+                           for name, value in parts.ema.state_dict().items()}
+                save_checkpoint(args.output_dir / "model.pt", **{**description, "metrics": metrics[-1:]}, model=weights)
+                save_training(args.output_dir, parts, step, **description)
+
+
+if __name__ == "__main__":
+    run(main)

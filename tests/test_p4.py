@@ -1,0 +1,352 @@
+"""Faces by a variational autoencoder, and the reading of face sets. Tiny networks, made-up faces, no data set."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import faces
+import training
+from faces import face_source, read_attributes, read_faces, split_faces
+from p4_vae import evaluate, inference, studies, train
+from p4_vae.elbo import D, automatic_beta, kl_divergence, squared_errors
+from p4_vae.latents import attribute_directions, fit_mixture, sample_prior
+from p4_vae.model import VAE, load_model
+from utils import UserError, image_generators
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+def test_sets_have_their_crops_numbers_and_split(tmp_path):
+    tall = np.zeros((109, 89, 3), np.uint8)
+    tall[10:99] = 200  # the 89 rows that stay
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in (7, 8001, 9000):
+            Image.fromarray(tall).save(tmp_path / "face.png")
+            archive.write(tmp_path / "face.png", f"img/{number:06d}.png")
+    squashed = np.full((64, 64, 3), 9, np.uint8)
+    squashed[6:58] = np.arange(64)[:, None] * 3  # a grey level for each column
+    (tmp_path / "b").mkdir()
+    for number in (7, 9001):
+        Image.fromarray(squashed).save(tmp_path / f"b/{number:06d}.png")
+    sources = [face_source(str(tmp_path / "a.zip")), face_source(f"{tmp_path}/b:6-58")]
+    assert str(sources[1]) == f"{tmp_path}/b:6-58"
+    all_faces = read_faces(sources)
+    assert all_faces.numbers.tolist() == [7, 8001, 9000, 9001]  # the 7 of the first source
+    # But for the margin, where the filter sees a little of what is cut off.
+    assert (all_faces.images[:3, :, 4:-4] == 200).all() and (all_faces.images[:3] > 180).all()
+    expected = torch.arange(64, dtype=torch.uint8).expand(3, 56, 64) * 3
+    assert torch.equal(all_faces.images[3, :, 4:-4], expected)
+    for part, numbers in zip(split_faces(all_faces), ([7, 9001], [8001, 9000])):
+        assert part.numbers.tolist() == numbers and len(part.images) == 2
+    assert faces.test_faces(sources).numbers.tolist() == [8001, 9000]
+    assert faces.test_faces(sources[1:]).numbers.tolist() == [7, 9001]  # no validation faces: all of them
+    with pytest.raises(UserError, match="64 rows"):
+        read_faces([face_source(f"{tmp_path}/b:6-65")])
+    with pytest.raises(UserError, match="neither a folder nor a zip"):
+        read_faces([face_source("nowhere:6-58")])
+    (tmp_path / "b/me.png").write_bytes((tmp_path / "b/000007.png").read_bytes())
+    with pytest.raises(UserError, match="me.png .* no number"):
+        read_faces(sources)
+
+
+def test_attributes_of_celeba_and_of_the_course(tmp_path):
+    (tmp_path / "list.txt").write_text("2\nMale Smiling\n000001.jpg -1  1\n000002.jpg  1 -1\n")
+    (tmp_path / "train.csv").write_text("image_name,Male,Smiling\n00001.png,0.0,1.0\n00002.png,1.0,0.0\n")
+    for name in ("list.txt", "train.csv"):
+        table = read_attributes(tmp_path / name)
+        assert table.loc[1].to_dict() == dict(Male=False, Smiling=True)
+        assert table.loc[2].to_dict() == dict(Male=True, Smiling=False)
+    (tmp_path / "bad.csv").write_text("image_name,Male\n00001.png,7\n")
+    for name, message in (("bad.csv", "other than"), ("absent.csv", "cannot read the attributes")):
+        with pytest.raises(UserError, match=message):
+            read_attributes(tmp_path / name)
+
+
+# --- The loss -----------------------------------------------------------------------------------
+
+def test_kl_is_that_of_torch_distributions_and_its_closed_form():
+    mean, log_variance = torch.randn(2, 5, 8, generator=generator())
+    q = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum(dim=1)
+    torch.testing.assert_close(kl_divergence(mean, log_variance), expected)
+    assert kl_divergence(torch.zeros(1, 8), torch.zeros(1, 8)).item() == 0
+    assert kl_divergence(torch.full((1, 8), 2.0), torch.zeros(1, 8)).item() == pytest.approx(8 * 2)  # mu^2 / 2
+
+
+def test_automatic_beta_gives_the_gradient_of_sigma_vae():
+    """Rybkin et al. 2021: D / 2 log MSE + KL, the negative ELBO at the best variance, up to a factor 2 MSE / D."""
+    x, shift = torch.rand(2, 4, 3, 64, 64, generator=generator())
+    scale = torch.tensor(0.1, requires_grad=True)
+
+    def parts():
+        mse = squared_errors(x + scale * shift, x)
+        return mse, kl_divergence(scale * shift[:, 0, 0], scale * shift[:, 1, 0])
+    mse, kl = parts()
+    beta = automatic_beta(mse)
+    assert beta.item() == pytest.approx(2 * mse.mean().item() / D) and not beta.requires_grad
+    ours, = torch.autograd.grad((mse + beta * kl).mean(), scale)
+    mse, kl = parts()
+    theirs, = torch.autograd.grad(D / 2 * mse.mean().log() + kl.mean(), scale)
+    torch.testing.assert_close(ours, theirs * beta, rtol=1e-4, atol=0)  # float32 sums of 12,288 numbers
+
+
+def test_the_gradient_passes_through_the_sample():
+    """d/dmean f(mean + std noise) = f', d/dlog_variance = f' std noise / 2 (Kingma & Welling 2014)."""
+    torch.manual_seed(0)
+    model = VAE(4, 2)
+    statistics = torch.randn(2, 3, 4, requires_grad=True)
+    model.encode = lambda x: statistics
+    model.decode = lambda z: z ** 3
+    noise = torch.randn(3, 4)
+    gradient, = torch.autograd.grad(model(None, noise)[0].sum(), statistics)
+    std = (statistics[1] / 2).exp()
+    slope = 3 * (statistics[0] + std * noise) ** 2
+    torch.testing.assert_close(gradient, torch.stack([slope, slope * std * noise / 2]))
+
+
+# --- The network --------------------------------------------------------------------------------
+
+def face_like(count, seed=0):
+    """uint8 (count, 3, 64, 64): mixtures of six smooth patterns, so that six latents hold them."""
+    patterns = torch.nn.functional.interpolate(torch.rand(6, 3, 8, 8, generator=generator(1)), size=(64, 64),
+                                               mode="bilinear", align_corners=False)
+    weights = torch.rand(count, 6, generator=generator(seed)) / 3
+    return (torch.einsum("nk,kchw->nchw", weights, patterns) * 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def test_a_network_starts_as_probabilistic_pca():
+    torch.manual_seed(0)
+    images = face_like(200)
+    model = VAE(5, 2)
+    model.set_eigenfaces(images)
+    x = images.float() / 255
+    mean, log_variance = model.encode(x)
+    torch.testing.assert_close(mean.mean(dim=0), torch.zeros(5), rtol=0, atol=1e-3)
+    torch.testing.assert_close(mean.T @ mean / len(x), torch.eye(5), rtol=0, atol=1e-2)  # N - 1 or N, and rounding
+    flat = torch.nn.functional.avg_pool2d(x, 2).flatten(1)
+    left = (flat - flat.mean(dim=0)).svd().S[5:].square().sum() / flat.numel()
+    low = torch.nn.functional.avg_pool2d(model.decode(mean), 2).flatten(1)
+    assert (low - flat).square().mean().item() == pytest.approx(left.item(), rel=0.5)  # and what the resizing smooths
+    assert (log_variance == log_variance[0]).all() and (log_variance < 0).all()
+    assert (model.decode(mean) - x).square().mean() < 0.1 * x.var(dim=0).mean()
+    assert model.decode(torch.zeros(2, 5)).shape == (2, 3, 64, 64)
+
+
+def test_the_fitted_prior_has_the_latents_means_and_covariances():
+    rng = np.random.default_rng(0)
+    mix = np.array([[2.0, 0], [1, 0.5]])
+    z = torch.tensor(np.where(rng.random((4000, 1)) < 0.25, 5, -5) + rng.standard_normal((4000, 2)) @ mix.T)
+    mixture = fit_mixture(z, components=2)
+    order = mixture["means"][:, 0].argsort()
+    # Standard errors of 1,000 samples are about a thirtieth of what is estimated.
+    np.testing.assert_allclose(mixture["weights"][order], [0.75, 0.25], atol=0.03)
+    np.testing.assert_allclose(mixture["means"][order], [[-5, -5], [5, 5]], atol=0.3)
+    for factor in mixture["factors"]:
+        np.testing.assert_allclose(factor @ factor.T, mix @ mix.T, atol=0.6)
+    samples = sample_prior(2, image_generators(0, range(2000)), mixture)
+    np.testing.assert_allclose(samples.mean(dim=0), z.mean(dim=0), atol=0.4)
+    np.testing.assert_allclose(np.cov(samples.T), np.cov(z.T), rtol=0.1, atol=0.5)
+    again = sample_prior(2, image_generators(0, [7]), mixture)
+    assert torch.equal(again, samples[7:8])  # an image's latent is its own
+    normal = sample_prior(3, image_generators(0, range(2000)))
+    assert normal.shape == (2000, 3) and abs(normal.std() - 1) < 0.05
+
+
+def test_attribute_directions_are_differences_of_means(tmp_path):
+    (tmp_path / "list.txt").write_text("2\nA B\n000001.jpg 1 1\n000002.jpg 1 1\n000003.jpg -1 1\n")
+    means = torch.tensor([[1.0, 0], [3, 0], [0, 1], [9, 9]])  # nothing is known of the last
+    directions = attribute_directions(means, torch.tensor([1, 2, 3, 4]), read_attributes(tmp_path / "list.txt"))
+    assert directions.keys() == {"A"}  # all have B: that tells no direction
+    assert directions["A"].tolist() == [2, -1]
+
+
+# --- Training and what comes of it --------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of 20 training and 4 validation faces, and their attributes."""
+    folder = tmp_path_factory.mktemp("my faces")
+    numbers = [*range(1, 21), *range(8001, 8005)]
+    for number, image in zip(numbers, face_like(24)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:06d}.png")
+    lines = [f"{number:06d}.jpg {1 if number % 2 else -1} {1 if number % 3 else -1}" for number in numbers]
+    (folder.parent / "list.txt").write_text("\n".join(["24", "Smiling Male", *lines]))
+    return folder
+
+
+def tiny(data, output_dir, *more):
+    flags = ["--data_dir", data, "--output_dir", output_dir, "--attributes", data.parent / "list.txt", "--latents", 4,
+             "--channels", 2, "--epochs", 2, "--batch_size", 8, "--warmup", 2, "--save_every", 2, "--device", "cpu",
+             "--amp", "off"]
+    return list(map(str, [*flags, *more]))
+
+
+def call(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    module.main()
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        call(train, patch, *tiny(data, folder))
+    return folder
+
+
+def test_training_resumes_bit_for_bit(data, trained, tmp_path, monkeypatch):
+    def interrupt(output_dir, parts, step, **description):
+        raise KeyboardInterrupt
+    save = training.save_training
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_training", lambda *a, **k: (save if a[2] == 1 else interrupt)(*a, **k))
+        call(train, patch, *tiny(data, tmp_path / "out"))
+    with pytest.raises(UserError, match="same flags"):
+        call(train, monkeypatch, *tiny(data, tmp_path / "out", "--resume", "--beta", "1e-5"))
+    call(train, monkeypatch, *tiny(data, tmp_path / "out", "--resume"))
+    whole, parts = (torch.load(folder / "last.pt", weights_only=True) for folder in (trained, tmp_path / "out"))
+    assert whole["step"] == parts["step"] == 4
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
+    for name in ("samples_000004.png", "model.pt"):
+        ours, theirs = ((folder / name).read_bytes() for folder in (trained, tmp_path / "out"))
+        assert name == "model.pt" or ours == theirs
+    assert torch.equal(whole["latents"]["mixture"]["means"], parts["latents"]["mixture"]["means"])
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(line["sigma2"] == pytest.approx(line["mse"], rel=0.01) for line in lines)
+
+
+def test_a_fixed_beta_and_a_dry_run(data, tmp_path, monkeypatch, capsys):
+    call(train, monkeypatch, *tiny(data, tmp_path / "out", "--beta", "1e-5", "--epochs", 1))
+    line = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["sigma2"] == pytest.approx(0.0614, rel=0.01)  # the course's weight: a variance of 1e-5 D / 2
+    call(train, monkeypatch, *tiny(data, tmp_path / "dry", "--dry_run"))
+    assert "dry run: two steps" in capsys.readouterr().out and not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data_dir", "nowhere"], "neither a folder nor a zip"), (["--latents", 20], "need more than 20 training faces"),
+    (["--attributes", "nowhere"], "cannot read the attributes"), (["--batch_size", 21], "larger than the 20")])
+def test_bad_training_flags_get_a_sentence(data, tmp_path, monkeypatch, flags, message):
+    with pytest.raises(UserError, match=message):
+        call(train, monkeypatch, *tiny(data, tmp_path / "out", *flags))
+
+
+def test_checkpoint_holds_the_average_and_what_it_belongs_to(trained):
+    model, latents = load_model(trained / "model.pt")
+    ema = torch.load(trained / "last.pt", weights_only=True)["ema"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-4)  # half precision
+    assert torch.equal(model.basis, ema["basis"]) and latents["attributes"].keys() == {"Smiling", "Male"}
+
+
+def test_same_seed_same_bytes_and_a_face_is_its_own(trained, tmp_path, monkeypatch):
+    checkpoint = ("--checkpoint", trained / "model.pt", "--device", "cpu")
+    for name, flags in {"a": [], "b": [], "c": ["--seed", 1], "d": ["--prior", "fitted"]}.items():
+        call(inference, monkeypatch, tmp_path / name, "--count", 6, "--grid", tmp_path / f"new/{name}.png", *checkpoint,
+             *flags)
+    bytes_of = {name: [path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in "abcd"}
+    assert len(bytes_of["a"]) == 6 and bytes_of["a"] == bytes_of["b"]
+    assert (tmp_path / "new/a.png").read_bytes() == (tmp_path / "new/b.png").read_bytes()
+    assert all(x != y for other in "cd" for x, y in zip(bytes_of["a"], bytes_of[other]))
+    model, _ = load_model(trained / "model.pt")
+    alone = inference.generate(model, [4], seed=0)[0].permute(1, 2, 0).numpy()
+    together = np.asarray(Image.open(tmp_path / "a/0004.png"))
+    assert np.abs(alone.astype(int) - together).max() <= 1
+
+
+def test_faces_are_reconstructed_changed_and_walked_between(data, trained, tmp_path, monkeypatch, capsys):
+    checkpoint = ("--checkpoint", trained / "model.pt", "--device", "cpu")
+    call(inference, monkeypatch, "--grid", tmp_path / "r.png", "--reconstruct", data, "--count", 3, "--attribute",
+         "Smiling", *checkpoint)
+    printed = capsys.readouterr().out
+    assert printed.count("mse = ") == 3 and "face 008001: mse = 0." in printed
+    picture = np.asarray(Image.open(tmp_path / "r.png"))
+    assert picture.shape == (3 * 66 + 2, 3 * 66 + 2, 3)  # rows: faces, reconstructions, smiles
+    assert np.array_equal(picture[2:66, 2:66], np.asarray(Image.open(data / "008001.png")))
+    call(inference, monkeypatch, tmp_path / "walk", "--walk", data, *checkpoint)
+    model, _ = load_model(trained / "model.pt")
+    images = read_faces([face_source(str(data))]).take([20, 21]).images
+    (ends,), errors = inference.reconstruct(model, images)
+    for name, end in (("0000.png", ends[0]), ("0007.png", ends[1])):
+        image = np.asarray(Image.open(tmp_path / "walk" / name)).astype(int)
+        assert np.abs(image - end.permute(1, 2, 0).numpy()).max() <= 1
+    expected = ((ends.float() - images.float()) / 255).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(errors, expected, rtol=0.02, atol=1e-5)  # the images are rounded to grey levels
+
+
+def test_evaluation_prints_the_error_of_validation_faces(data, trained, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(evaluate, monkeypatch, data, "--checkpoint", trained / "model.pt", "--device", "cpu")
+    assert end.value.code == 0
+    model, _ = load_model(trained / "model.pt")
+    _, errors = inference.reconstruct(model, faces.test_faces([face_source(str(data))]).images)
+    assert len(errors) == 4 and f"mse = {errors.mean():.4f} (4 faces; KL " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        call(evaluate, monkeypatch, data, "--checkpoint", trained / "model.pt", "--baseline", "1e-9")
+    assert end.value.code == 1
+
+
+def test_figures_are_drawn(trained, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["studies.py", "--data_dir", str(data), "--attributes",
+                                      str(data.parent / "list.txt")])
+    studies.draw_figures(tmp_path / "figures", trained, studies.parse_args())
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"curves.svg", "tsne.svg"}
+    assert "not Male" in (tmp_path / "figures/tsne.svg").read_text()
+
+
+# --- The wrapper --------------------------------------------------------------------------------
+
+def test_the_wrapper_writes_a_grid_and_answers_bad_input(trained, tmp_path):
+    (tmp_path / "link.sh").symlink_to(ROOT / "assignments/dlcv2020_hw3/hw3_p1.sh")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    good, bad = (subprocess.Popen(["bash", "link.sh", *map(str, flags)], cwd=tmp_path, env=environment, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for flags in (["a dir/out.png", "--checkpoint", trained / "model.pt"], [""]))
+    stdout, stderr = good.communicate(timeout=200)
+    assert good.returncode == 0 and stdout == "32 images in a dir/out.png\n", stderr
+    assert Image.open(tmp_path / "a dir/out.png").size == (8 * 66 + 2, 4 * 66 + 2)
+    stdout, stderr = bad.communicate(timeout=200)
+    assert bad.returncode == 2 and "the path is empty" in stderr and "Traceback" not in stderr and not stdout
+
+
+def test_a_grid_is_what_its_suffix_says(trained, tmp_path, monkeypatch):
+    call(inference, monkeypatch, "--grid", tmp_path / "a.JPG", "--checkpoint", trained / "model.pt", "--count", 9)
+    with Image.open(tmp_path / "a.JPG") as picture:
+        assert picture.format == "JPEG" and picture.size == (8 * 66 + 2, 2 * 66 + 2)
+
+
+def test_without_a_trained_network_one_sentence_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("p4_vae.model.CHECKPOINT", tmp_path / "vae.pt")
+    with pytest.raises(UserError, match="train one with 'python3 p4_vae/train.py"):
+        load_model(tmp_path / "vae.pt")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "nothing would be written"), (["out", "--attribute", "Smiling"], "is for --reconstruct"),
+    (["--grid", "out.txt"], "must end in .png or .jpg"), (["--grid", "."], "must end in"),
+    (["out", "--checkpoint", "nowhere.pt"], "no checkpoint nowhere.pt"),
+    (["out", "--reconstruct", "DATA", "--count", "2", "--attribute", "Hairy"], "no attribute Hairy; it knows Smiling"),
+    (["out", "--reconstruct", "DATA", "--count", "5"], "holds 4 faces, and 5 are needed")])
+def test_bad_inference_flags_get_a_sentence(data, trained, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    flags = [data if flag == "DATA" else flag for flag in flags]
+    with pytest.raises(UserError, match=message):
+        call(inference, monkeypatch, "--checkpoint", trained / "model.pt", *flags)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,247 @@
+"""Faces by a generative adversarial network. Tiny networks, made-up faces, no data set."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import training
+from p5_gan import inference, train
+from p5_gan.augment import DiffAugment, colour, cutout, translation
+from p5_gan.losses import LOSSES
+from p5_gan.model import Discriminator, Generator, load_model
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- Losses and networks ------------------------------------------------------------------------
+
+def test_hinge_is_flat_beyond_the_margin():
+    discriminator, generator = LOSSES["hinge"]
+    real, generated = torch.tensor([3.0, 1, 0, -2]), torch.tensor([-3.0, -1, 0, 2])
+    assert discriminator(real, generated).item() == 2 * (0 + 0 + 1 + 3) / 4
+    real.requires_grad_()
+    discriminator(real, generated).backward()
+    assert real.grad.tolist() == [0, 0, -0.25, -0.25]
+    assert generator(generated).item() == 0.5
+
+
+def test_cross_entropy_is_that_of_probabilities():
+    discriminator, generator = LOSSES["cross_entropy"]
+    real, generated = torch.tensor([2.0, -1]), torch.tensor([0.5, -3])
+    p, q = real.sigmoid(), generated.sigmoid()
+    torch.testing.assert_close(discriminator(real, generated), -p.log().mean() - (1 - q).log().mean())
+    torch.testing.assert_close(generator(generated), -q.log().mean())
+
+
+def test_spectral_norm_makes_the_largest_singular_value_one():
+    torch.manual_seed(0)
+    discriminator = Discriminator(4).train()
+    for module in (*discriminator.layers, discriminator.last):
+        with torch.no_grad():
+            module.parametrizations.weight.original.mul_(5)  # whatever an optimiser does to it
+        for _ in range(50):
+            weight = module.weight
+        assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, rel=0.01)
+
+
+def test_shapes_and_ranges():
+    torch.manual_seed(0)
+    images = Generator(8, 2)(torch.randn(3, 8))
+    assert images.shape == (3, 3, 64, 64) and images.abs().max() <= 1
+    assert Discriminator(2)(images).shape == (3,)
+
+
+# --- Augmentation -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change", [colour, translation, cutout])
+def test_each_change_keeps_gradients_and_differs_among_images(change):
+    torch.manual_seed(0)
+    images = (torch.rand(1, 3, 32, 32) - 0.5).repeat(8, 1, 1, 1).requires_grad_()
+    changed = change(images)
+    assert changed.shape == images.shape and len(torch.unique(changed.detach(), dim=0)) > 4
+    changed.sum().backward()
+    assert (images.grad.flatten(1).abs().sum(dim=1) > 0).all() and images.grad.isfinite().all()
+
+
+def test_translation_moves_by_whole_pixels_and_cutout_removes_a_square():
+    torch.manual_seed(0)
+    images = torch.rand(16, 1, 32, 32) + 1
+    for image, moved in zip(images, translation(images)):
+        shifts = [(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5)
+                  if torch.equal(torch.nn.functional.pad(image, [4] * 4)[:, 4 + dy:36 + dy, 4 + dx:36 + dx], moved)]
+        assert len(shifts) == 1
+    removed = cutout(images) == 0
+    assert (removed.flatten(1).sum(dim=1) <= 16 * 16).all() and removed.flatten(1).sum(dim=1).max() == 16 * 16
+
+
+def test_real_and_generated_images_are_changed_by_the_same_law():
+    """The same images on both sides of a batch come out with the same mean and spread, over many draws."""
+    torch.manual_seed(0)
+    augment = DiffAugment()
+    images = (torch.rand(1, 3, 16, 16) - 0.5).repeat(2000, 1, 1, 1)
+    assert torch.equal(augment(images), images)  # it begins with none
+    augment.share.fill_(0.6)
+    sides = augment(images).flatten(2).mean(dim=2).chunk(2)  # real first, as train.py concatenates them
+    for statistic in (torch.mean, torch.std):
+        first, second = (statistic(side, dim=0) for side in sides)
+        # The standard error of a mean of 1,000 is a thirtieth of the spread.
+        torch.testing.assert_close(first, second, rtol=0, atol=0.15 * sides[0].std().item())
+    kept = (augment(images) == images).flatten(1).all(dim=1).float().mean()
+    assert kept.item() == pytest.approx(0.4, abs=0.05)
+
+
+def test_the_share_follows_the_discriminator():
+    augment = DiffAugment()
+    for _ in range(50):
+        augment.adapt(torch.ones(100), images=10_000)
+    assert augment.share.item() == pytest.approx(0.5)
+    for _ in range(100):
+        augment.adapt(torch.ones(100), images=10_000)
+    assert augment.share.item() == pytest.approx(0.8)  # no more than that
+    augment.adapt(torch.tensor([1.0, -1] * 50), images=10_000)
+    assert augment.share.item() == pytest.approx(0.79)
+
+
+# --- Training and what comes of it --------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of 20 faces: discs of many colours."""
+    folder = tmp_path_factory.mktemp("my faces")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :64]
+    disc = ((y - 32) ** 2 + (x - 32) ** 2 < 600)[..., None]
+    for number in range(1, 21):
+        Image.fromarray((disc * rng.integers(100, 255, 3)).astype(np.uint8)).save(folder / f"{number:06d}.png")
+    return folder
+
+
+def tiny(data, output_dir, *more):
+    flags = ["--data_dir", data, "--output_dir", output_dir, "--latents", 4, "--channels", 2, "--epochs", 2,
+             "--batch_size", 8, "--warmup", 2, "--save_every", 2, "--device", "cpu", "--amp", "off"]
+    return list(map(str, [*flags, *more]))
+
+
+def call(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    module.main()
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gan") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        call(train, patch, *tiny(data, folder))
+    return folder
+
+
+def test_training_resumes_bit_for_bit(data, trained, tmp_path, monkeypatch):
+    save = training.save_training
+
+    def save_first(output_dir, parts, step, **description):
+        if step > 1:
+            raise KeyboardInterrupt
+        save(output_dir, parts, step, **description)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_training", save_first)
+        call(train, patch, *tiny(data, tmp_path / "out"))
+    call(train, monkeypatch, *tiny(data, tmp_path / "out", "--resume"))
+    whole, parts = (torch.load(folder / "last.pt", weights_only=True) for folder in (trained, tmp_path / "out"))
+    assert whole["step"] == parts["step"] == 4
+    for ours, theirs in ((whole, parts), (whole["discriminator"], parts["discriminator"])):
+        for part in ("model", "ema"):
+            assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())
+        for i, moments in ours["optimizer"][0]["state"].items():
+            assert all(torch.equal(value, theirs["optimizer"][0]["state"][i][name]) for name, value in moments.items())
+    assert (trained / "samples_000004.png").read_bytes() == (tmp_path / "out/samples_000004.png").read_bytes()
+
+
+def test_the_log_shows_whether_the_players_match(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert {"real_logit", "generated_logit", "accuracy", "discriminator_loss", "generator_loss", "augmented",
+                "discriminator_gradient", "generator_gradient"} <= line.keys()
+        assert 0 <= line["accuracy"] <= 1 and line["discriminator_gradient"] > 0 and line["generator_gradient"] > 0
+        assert line["generator_loss"] == pytest.approx(-line["generated_logit"], abs=1)
+
+
+def test_both_players_learn_and_the_average_follows(data, trained, tmp_path, monkeypatch):
+    saved = torch.load(trained / "last.pt", weights_only=True)
+    torch.manual_seed(0)
+    training.seed_all(0)
+    start = Generator(4, 2).state_dict(), Discriminator(2).state_dict()
+    for before, after in zip(start, (saved["model"], saved["discriminator"]["model"])):
+        assert before.keys() == after.keys()
+        weights = [name for name in before if name.endswith(("weight", "original"))]
+        assert weights and all(not torch.equal(before[name], after[name]) for name in weights)
+    assert any(not torch.equal(saved["model"][name], value) for name, value in saved["ema"].items())
+    model = load_model(trained / "model.pt")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, saved["ema"][name], rtol=1e-3, atol=1e-4)  # half precision
+
+
+def test_other_recipes_and_a_dry_run(data, tmp_path, monkeypatch, capsys):
+    flags = ["--loss", "cross_entropy", "--no_augment", "--ema", 0, "--epochs", 1]
+    call(train, monkeypatch, *tiny(data, tmp_path / "out", *flags))
+    saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert all(torch.equal(saved["model"][name], value) for name, value in saved["ema"].items())
+    assert saved["discriminator"]["model"]["augment.share"] == 0
+    call(train, monkeypatch, *tiny(data, tmp_path / "dry", "--dry_run"))
+    assert "dry run: two steps" in capsys.readouterr().out and not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data_dir", "nowhere"], "neither a folder nor a zip"), (["--batch_size", 21], "larger than the 20"),
+    (["--resume"], "start without --resume"), (["--output_dir", __file__], "is a file")])
+def test_bad_training_flags_get_a_sentence(data, tmp_path, monkeypatch, flags, message):
+    with pytest.raises(UserError, match=message):
+        call(train, monkeypatch, *tiny(data, tmp_path / "out", *flags))
+
+
+def test_same_seed_same_bytes_and_a_face_is_its_own(trained, tmp_path, monkeypatch):
+    for name, flags in {"a": [], "b": [], "c": ["--seed", 1]}.items():
+        call(inference, monkeypatch, tmp_path / name, "--count", 6, "--grid", tmp_path / f"new/{name}.png",
+             "--checkpoint", trained / "model.pt", "--device", "cpu", *flags)
+    bytes_of = {name: [path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in "abc"}
+    assert len(bytes_of["a"]) == 6 and bytes_of["a"] == bytes_of["b"]
+    assert (tmp_path / "new/a.png").read_bytes() == (tmp_path / "new/b.png").read_bytes()
+    assert all(x != y for x, y in zip(bytes_of["a"], bytes_of["c"]))
+    alone = inference.generate(load_model(trained / "model.pt"), [4], seed=0)[0].permute(1, 2, 0).numpy()
+    assert np.abs(alone.astype(int) - np.asarray(Image.open(tmp_path / "a/0004.png"))).max() <= 1
+
+
+def test_weights_with_nan_are_refused(trained, tmp_path):
+    content = torch.load(trained / "model.pt", weights_only=True)
+    content["ema"]["layers.0.weight"].fill_(float("nan"))
+    torch.save(content, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match="hold NaN"):
+        load_model(tmp_path / "nan.pt")
+
+
+def test_without_a_trained_network_one_sentence_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("p5_gan.model.CHECKPOINT", tmp_path / "gan.pt")
+    with pytest.raises(UserError, match="train one with 'python3 p5_gan/train.py"):
+        load_model(tmp_path / "gan.pt")
+
+
+def test_the_wrapper_writes_a_grid_and_answers_bad_input(trained, tmp_path):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    wrapper = ROOT / "assignments/dlcv2020_hw3/hw3_p2.sh"
+    good, bad = (subprocess.Popen(["bash", wrapper, *map(str, flags)], cwd=tmp_path, env=environment, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for flags in (["a dir/out.jpg", "--checkpoint", trained / "model.pt"], ["out.txt"]))
+    stdout, stderr = good.communicate(timeout=200)
+    assert good.returncode == 0 and stdout == "32 images in a dir/out.jpg\n", stderr
+    with Image.open(tmp_path / "a dir/out.jpg") as picture:
+        assert picture.format == "JPEG" and picture.size == (8 * 66 + 2, 4 * 66 + 2)
+    stdout, stderr = bad.communicate(timeout=200)
+    assert bad.returncode == 2 and "must end in .png or .jpg" in stderr and "Traceback" not in stderr and not stdout

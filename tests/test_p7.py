@@ -1,0 +1,729 @@
+"""Scenes: conditions and pictures, the evaluator, the network, classifier guidance, training, sampling, evaluation."""
+
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from utils import UserError, image_generators, randn
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+from torchvision.models import resnet18
+
+import training
+from files import load_checkpoint, save_checkpoint
+from p1_ddpm.diffusion import ddim, ddpm, guided_predictor, uniform_timesteps
+from p1_ddpm.inference import Sampling
+from p7_clevr import evaluate, guidance, inference, scenes, studies, train, train_evaluator
+from p7_clevr.evaluator import NETWORKS, Encoder, Evaluator, load_grader, top_k_hits
+from p7_clevr.model import SceneUNet, load_model, scene_schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = dict(channels=[8, 8], condition="tokens", patch=8)
+COLORS = dict(zip(scenes.COLORS, ("#575757", "#ad2323", "#2a4bd7", "#1d6914", "#814a19", "#8126c0", "#29d0d0",
+                                  "#ffee33")))
+
+
+def assert_near(actual, expected, share):
+    """No element is off by more than `share` of the largest expected value: float32 sums in another order, as other
+    processors and thread counts have it, differ by some 1e-6 of it."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=share * expected.abs().max().item())
+
+
+def draw_scene(names, rng, size=(64, 64)):
+    """A picture of these objects: squares, discs and upright bars side by side, the first one in the middle."""
+    picture = Image.new("RGB", size, (140, 140, 140))
+    pen = ImageDraw.Draw(picture)
+    for name, x in zip(names, (32, 10, 54)):
+        color, shape = name.split()
+        y, (dx, dy) = 20 + rng.integers(20), dict(cube=(6, 6), sphere=(6, 6), cylinder=(3, 8))[shape]
+        shape_of = pen.ellipse if shape == "sphere" else pen.rectangle
+        box = [(x - dx) * size[0] / 64, (y - dy) * size[1] / 64, (x + dx) * size[0] / 64, (y + dy) * size[1] / 64]
+        shape_of(box, fill=COLORS[color])
+    return picture
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """i-CLEVR's layout with 60 scenes of three pictures."""
+    folder, table = tmp_path_factory.mktemp("i clevr"), {}
+    (folder / "iclevr").mkdir()
+    for number in range(60):
+        rng = np.random.default_rng(number)
+        names = [scenes.OBJECTS[i] for i in rng.permutation(24)[:3]]
+        for count in range(3):
+            name = f"CLEVR_train_{number:06d}_{count}.png"
+            table[name] = names[:count + 1]
+            draw_scene(table[name], np.random.default_rng(number)).save(folder / "iclevr" / name)
+    (folder / "train.json").write_text(json.dumps(table))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_and_alone():
+    """A small encoder, and one thread: tiny networks are faster so, many times when something else runs beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NETWORKS, "encoder", functools.partial(Encoder, (16, 16, 16), 16))
+        yield
+    torch.set_num_threads(threads)
+
+
+def randomised(model, seed=0):
+    """`model` in evaluation mode, its zero-initialised layers random too, so that every part of it matters."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+# --- Conditions and pictures --------------------------------------------------------------------
+
+def test_objects_are_numbered_as_the_courses_objects_json():
+    assert len(scenes.OBJECTS) == 24
+    named = ("gray cube", "yellow cube", "red sphere", "yellow cylinder")
+    assert [scenes.NUMBERS[name] for name in named] == [0, 7, 9, 23]
+    official = scenes.official_sets()
+    assert [(len(sets), sum(map(len, sets))) for sets in official.values()] == [(32, 72), (32, 84)]
+    assert official["test"][3] == ["blue cube", "green cube"]
+
+
+def test_multi_hot_knows_no_order():
+    rows = scenes.multi_hot([["cyan cube", "red sphere"], ["red sphere", "cyan cube"], ["gray cube"]])
+    assert torch.equal(rows[0], rows[1]) and rows.sum(1).tolist() == [2, 2, 1] and rows[0, 9] == rows[2, 0] == 1
+
+
+def test_held_out_sets_are_100_new_triples_and_always_the_same():
+    held_out = scenes.held_out_sets()
+    assert len({frozenset(names) for names in held_out}) == 100 and {len(names) for names in held_out} == {3}
+    assert held_out == scenes.held_out_sets()
+    official = {frozenset(names) for sets in scenes.official_sets().values() for names in sets}
+    assert official.isdisjoint(map(frozenset, held_out))
+    assert [len(names) for names in scenes.random_sets(5, [2, 4], seed=0)] == [2, 4, 2, 4, 2]
+
+
+def test_parts_share_no_scene_and_the_generator_sees_no_held_out_set(data_dir, monkeypatch):
+    table = json.loads((data_dir / "train.json").read_text())
+    hidden = table["CLEVR_train_000001_2.png"]
+    monkeypatch.setattr(scenes, "held_out_sets", lambda: [hidden[::-1]])
+    read = {part: scenes.read_scenes(data_dir, part) for part in (*scenes.PARTS, None)}
+    assert {part: len(images) for part, (images, _, _) in read.items()} == {
+        "generator": 45 * 3 - 1, "grader": 12 * 3, "held_out": 3 * 3, None: 180}
+    images, conditions, sets = read["generator"]
+    assert frozenset(hidden) not in map(frozenset, sets) and hidden[:2] in sets
+    assert torch.equal(conditions, scenes.multi_hot(sets)) and images.dtype == torch.uint8
+    expected = np.asarray(Image.open(data_dir / "iclevr/CLEVR_train_000000_0.png"))
+    assert np.array_equal(images[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_pictures_are_read_alike_from_folders_and_zip_files_and_squeezed(data_dir, tmp_path):
+    names = [f"CLEVR_train_000019_{count}.png" for count in range(3)]
+    table = {name: json.loads((data_dir / "train.json").read_text())[name] for name in names}
+    for folder in ("beside", "inside"):
+        (tmp_path / folder).mkdir()
+    with zipfile.ZipFile(tmp_path / "beside/iclevr.zip", "w") as beside, \
+            zipfile.ZipFile(tmp_path / "inside/all.zip", "w") as inside:
+        for name in names:
+            beside.write(data_dir / "iclevr" / name, f"iclevr/{name}")
+            inside.write(data_dir / "iclevr" / name, name)
+        inside.writestr("train.json", json.dumps(table))
+    (tmp_path / "beside/train.json").write_text(json.dumps(table))
+    expected, _, _ = scenes.read_scenes(data_dir, "held_out")
+    for source in ("beside", "beside/iclevr.zip", "inside", "inside/all.zip"):
+        images, _, sets = scenes.read_scenes(tmp_path / source, "held_out")
+        assert torch.equal(images, expected[:3]) and sets == list(table.values())
+
+    (tmp_path / "large").mkdir()  # as the course's: 320x240, RGBA
+    (tmp_path / "large/train.json").write_text(json.dumps({names[0]: table[names[0]]}))
+    large = draw_scene(table[names[0]], np.random.default_rng(19), (320, 240))
+    large.convert("RGBA").save(tmp_path / "large" / names[0])
+    large, _, _ = scenes.read_scenes(tmp_path / "large", "held_out")
+    assert (large - expected[:1].float()).abs().mean() < 3  # edges are antialiased
+
+
+def write_data(folder, table, pictures=()):
+    folder.mkdir(exist_ok=True)
+    (folder / "train.json").write_text(table if isinstance(table, str) else json.dumps(table))
+    for name in pictures:
+        Image.new("RGB", (64, 64)).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("table, message", [
+    ({"a_000000_0.png": ["rad cube"]}, 'a_000000_0.png in .*train.json names "rad cube".*the nearest is "red cube"'),
+    ({"a_000000_0.png": ["red cube", "red cube"]}, 'names "red cube" twice'),
+    ({"a_000000_0.png": []}, "is no list of objects"), ({"a_000000_0.png": "red cube"}, "is no list of objects"),
+    ({"a_000000_0.png": [["red cube"]]}, "none of the 24 objects"),
+    ({"a.png": ["red cube"]}, "not like CLEVR_train_000000_0"),
+    ({"a_000000_0.png": ["red cube"], "a_000001_0.png": ["red cube"]}, "lacks 1 of the 2 .*a_000001_0.png; add"),
+    ([], "no table of pictures"), ("{", "is no JSON file"), ({"a_000019_0.png": ["red cube"]}, "names no scene")])
+def test_bad_tables_are_refused(tmp_path, table, message):
+    folder = write_data(tmp_path / "data", table, ["a_000000_0.png"])
+    with pytest.raises(UserError, match=message):
+        scenes.read_scenes(folder, "generator")
+
+
+def test_missing_and_damaged_sources_are_refused(tmp_path):
+    for source in ("gone", "gone.zip"):
+        with pytest.raises(UserError, match="neither a folder nor a whole zip"):
+            scenes.read_scenes(tmp_path / source)
+    with pytest.raises(UserError, match="there is no .*train.json"):
+        scenes.read_scenes(tmp_path)
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="a.zip is neither"):
+        scenes.read_scenes(tmp_path)
+
+
+def test_the_background_is_seen_behind_what_stands_in_the_centre(data_dir):
+    images, _, _ = scenes.read_scenes(data_dir)
+    assert (images[:, :, 30, 32] != 140).float().mean() > 0.5  # an object is there most of the time
+    assert (scenes.empty_background(images) - 140).abs().max() < 1
+
+
+# --- The evaluator ------------------------------------------------------------------------------
+
+def test_accuracy_is_the_hits_among_the_k_likeliest_pooled_over_all_labels():
+    scores = torch.zeros(3, 24)
+    scores[0, 5] = 1  # asked for 5: hit
+    scores[1, [1, 2]] = torch.tensor([2.0, 1.0])  # asked for 2 and 3: one of two
+    scores[2, [7, 8, 9]] = 1  # asked for 7, 8, 9: all, in any order
+    labels = torch.zeros(3, 24)
+    labels[0, 5] = labels[1, [2, 3]] = labels[2, [9, 8, 7]] = 1
+    assert top_k_hits(scores, labels).tolist() == [1, 1, 3]
+    assert top_k_hits(scores - 100, labels).tolist() == [1, 1, 3]
+
+
+def test_hits_are_those_of_the_courses_loop():
+    torch.manual_seed(0)
+    scores, labels = torch.rand(50, 24), (torch.rand(50, 24) < 0.15).float()
+    expected = [len(set(score.topk(int(label.sum())).indices.tolist()) & set(label.nonzero().flatten().tolist()))
+                for score, label in zip(scores, labels)]
+    assert top_k_hits(scores, labels).tolist() == expected
+
+
+@pytest.fixture(scope="session")
+def evaluator_file(tmp_path_factory):
+    """A file as the course's checkpoint.pth: an untrained ResNet-18 with its last layer, under the key `model`."""
+    path = tmp_path_factory.mktemp("evaluator") / "checkpoint.pth"
+    torch.manual_seed(0)
+    network = resnet18()
+    network.fc = nn.Sequential(nn.Linear(512, 24), nn.Sigmoid())
+    torch.save({"model": network.state_dict(), "epoch": 3}, path)
+    return path
+
+
+def test_the_courses_file_drops_in(evaluator_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = resnet18()
+    network.fc = nn.Sequential(nn.Linear(512, 24), nn.Sigmoid())
+    network.load_state_dict(torch.load(evaluator_file, weights_only=True)["model"])
+    torch.manual_seed(1)
+    images = torch.rand(6, 3, 64, 64) * 2 - 1
+    labels = scenes.multi_hot([["red cube"], ["gray cube", "cyan sphere"]] * 3)
+    evaluator = Evaluator(evaluator_file)
+    with torch.no_grad():
+        probabilities = network.eval()(images)
+        assert_near(evaluator.network(images), probabilities, 1e-4)
+    accuracy = evaluator.eval(images, labels)
+    assert accuracy == top_k_hits(probabilities, labels).sum().item() / 9
+    assert accuracy == evaluator.eval(images, labels.int().tolist())
+    assert evaluator.features(images).shape == (6, 512)
+
+
+def test_foreign_evaluators_are_refused(tmp_path, evaluator_file):
+    torch.save({"model": nn.Linear(2, 2).state_dict()}, tmp_path / "foreign.pth")
+    torch.save({"model": resnet18().state_dict()}, tmp_path / "imagenet.pth")
+    (tmp_path / "cut.pth").write_bytes(evaluator_file.read_bytes()[:1000])
+    save_checkpoint(tmp_path / "noisy.pth", config=dict(network="encoder", schedule=dict(timesteps=10)),
+                    model=NETWORKS["encoder"]().state_dict())
+    for name, message in (("foreign", "does not hold the weights"), ("imagenet", "do not fit ResNet18"),
+                          ("cut", "damaged"), ("gone", "there is no evaluator"), ("noisy", "on noisy pictures")):
+        with pytest.raises(UserError, match=message):
+            Evaluator(tmp_path / f"{name}.pth")
+
+
+# --- The network --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config", [TINY, dict(channels=[8, 16, 16], condition="multi_hot", patch=4),
+                                    dict(channels=[8, 8, 8], condition="tokens", patch=2)], ids=str)
+def test_network_depends_on_picture_time_and_set(config):
+    model = randomised(SceneUNet(**config))
+    x, t = torch.randn((2, 3, 64, 64), generator=torch.Generator().manual_seed(1)), torch.tensor([3, 3])
+    one = scenes.multi_hot([["red cube", "cyan sphere"], ["red cube", "cyan sphere"]])
+    with torch.no_grad():
+        v = model(x, t, one)
+        assert v.shape == x.shape and v.dtype == torch.float32
+        assert_near(model(x[:1], t[:1], one[:1]), v[:1], 1e-4)  # a batch is its pictures
+        for other in (model(x, t * 100, one), model(x + 1, t, one), model(x, t, model.null(one)),
+                      model(x, t, scenes.multi_hot([["red cube", "cyan cube"]] * 2))):
+            assert (other - v).abs().max() > 0.01 * v.abs().max()
+
+
+def test_a_place_attends_to_the_objects_of_the_set_alone():
+    attention = randomised(SceneUNet(**TINY)).down[0][0].objects
+    x = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(2))
+    y = scenes.multi_hot([["red cube", "cyan cube"]])
+    with torch.no_grad():
+        out = attention(x, y)
+        attention.value[:, :, 3] += 1  # of an object that is not in the set
+        assert torch.equal(attention(x, y), out)
+        attention.value[:, :, 6] += 1  # of the cyan cube
+        assert not torch.equal(attention(x, y), out)
+
+
+@pytest.mark.parametrize("config, message", [(dict(patch=3), "patches of 3"), (dict(channels=[8] * 5), "5 resolutions"),
+                                             (dict(condition="class"), "unknown kind")])
+def test_a_network_that_does_not_fit_together_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        SceneUNet(**{**TINY, **config})
+
+
+def test_a_shifted_schedule_multiplies_signal_by_noise():
+    plain, shifted = scene_schedule(), scene_schedule(shift=3)
+    assert plain[0] == shifted[0] == 1 and shifted[-1] < 1e-6
+    ratios = [(a / (1 - a)).sqrt()[1:] for a in (plain, shifted)]
+    torch.testing.assert_close(ratios[1], 3 * ratios[0], rtol=1e-9, atol=0)
+
+
+# --- Classifier guidance ------------------------------------------------------------------------
+
+@pytest.fixture
+def gaussian(monkeypatch):
+    """log p(y | x) = -(mean of x - 0.5)^2, whose gradient at each of the N values of x is -2 (mean - 0.5) / N."""
+    monkeypatch.setattr(guidance, "log_probability", lambda logits, labels: -(logits - 0.5).square())
+    network = nn.Module()
+    network.logits = lambda x, t=None: x.flatten(1).mean(1)
+    return network
+
+
+def test_log_probability_is_that_of_what_is_there_and_of_what_is_not():
+    logits = torch.tensor([[2.0, -1.0, 0.5]])
+    p = logits.sigmoid()[0]
+    expected = math.log(p[0]) + math.log(1 - p[1]) + math.log(p[2])
+    assert guidance.log_probability(logits, torch.tensor([[1.0, 0, 1]])).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_are_those_of_the_closed_form(gaussian):
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    alphas_cumprod = scene_schedule("linear", 1000)
+    closed = (-2 * (x.flatten(1).mean(1) - 0.5) / 48)[:, None, None, None].expand_as(x)
+    assert_near(guidance.noisy_gradient(gaussian, None)(x, 600, None), closed, 1e-5)
+    with torch.no_grad():  # samplers run so
+        clean = guidance.clean_gradient(gaussian, None, alphas_cumprod)(torch.zeros_like(x), 600, x)
+    assert_near(clean, alphas_cumprod[600].sqrt().float() * closed, 1e-5)
+
+
+def standard_normal(alphas_cumprod):
+    """predict(x, t) for images that are standard normal themselves: v is 0."""
+    return guided_predictor(lambda x, t, y: torch.zeros_like(x), torch.zeros(1, 24), None, alphas_cumprod, 0)
+
+
+def test_algorithm_2_is_the_papers_eps(gaussian):
+    """eps - sqrt(1 - alpha-bar) s g, and x0 = (x - sqrt(1 - alpha-bar) eps) / sqrt(alpha-bar), by hand."""
+    alphas_cumprod, t, s = scene_schedule("linear", 1000), 400, 3.0
+    x = 0.2 * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    gradient = guidance.noisy_gradient(gaussian, None)
+    x0, eps = guidance.algorithm_2(standard_normal(alphas_cumprod), gradient, alphas_cumprod, s)(x, t)
+    a, b = alphas_cumprod[t].sqrt().item(), (1 - alphas_cumprod[t]).sqrt().item()
+    by_hand = b * x - b * s * (-2 * (x.flatten(1).mean(1) - 0.5) / 48)[:, None, None, None]  # eps of v = 0 is b x
+    assert_near(eps, by_hand, 1e-4)
+    assert_near(x0, (x - b * by_hand) / a, 1e-4)
+    plain = standard_normal(alphas_cumprod)(x, t)
+    unguided = guidance.algorithm_2(standard_normal(alphas_cumprod), gradient, alphas_cumprod, 0)(x, t)
+    for ours, theirs in zip(unguided, plain):
+        assert_near(ours, theirs, 1e-5)
+
+
+def test_algorithm_1_shifts_the_mean_by_the_variance_times_the_gradient(gaussian):
+    alphas_cumprod, steps, s = scene_schedule("linear", 1000), [500, 400, 300], 3.0
+    x = 0.2 * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    predict, gradient = standard_normal(alphas_cumprod), guidance.noisy_gradient(gaussian, None)
+
+    def way(scale):
+        generators = image_generators(0, [0, 1])
+        return list(guidance.algorithm_1(predict, gradient, x, steps, alphas_cumprod, generators, scale))
+
+    plain = list(ddpm(predict, x, steps, alphas_cumprod, image_generators(0, [0, 1])))
+    assert torch.equal(way(0)[-1][1], plain[-1][1])
+    guided = way(s)
+    assert [t for t, _ in guided] == steps[1:]
+    variance = (1 - alphas_cumprod[400]) / (1 - alphas_cumprod[500]) * (1 - alphas_cumprod[500] / alphas_cumprod[400])
+    by_hand = (variance * s * -2 * (x.flatten(1).mean(1) - 0.5) / 48).float()
+    assert_near(guided[0][1] - way(0)[0][1], by_hand[:, None, None, None].expand_as(x), 1e-4)
+
+
+@pytest.mark.parametrize("algorithm", [1, 2])
+def test_guidance_reaches_the_mean_of_the_product_of_two_gaussians(monkeypatch, algorithm):
+    """Images N(0, 0.3^2) and a classifier log p(y | x0) = -(x0 - 0.2)^2 / (2 * 0.3^2): guided, their mean is 0.1.
+
+    The classifier of noisy pictures is known too: x0 given x_t is Gaussian with mean k x_t and variance `rest`.
+    """
+    alphas_cumprod = scene_schedule("linear", 1000)
+    size, pull = 0.3**2, 0.2
+
+    def predict(x, t):
+        a = alphas_cumprod[t].item()
+        x0 = math.sqrt(a) * size / (a * size + 1 - a) * x
+        return x0, (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+
+    def gradient(x, t, x0):
+        a = alphas_cumprod[t].item()
+        k, rest = math.sqrt(a) * size / (a * size + 1 - a), size * (1 - a) / (a * size + 1 - a)
+        return k * (pull - x0) / (size + rest)
+
+    generators = image_generators(0, range(50))
+    x = randn(generators, (1, 8, 8))
+    timesteps = uniform_timesteps(alphas_cumprod, 1000)
+    if algorithm == 1:
+        *_, (_, x) = guidance.algorithm_1(predict, gradient, x, timesteps, alphas_cumprod, generators, 1.0)
+    else:
+        predict = guidance.algorithm_2(predict, gradient, alphas_cumprod, 1.0)
+        *_, (_, x) = ddim(predict, x, timesteps, alphas_cumprod, generators)
+    # Three standard errors of 3,200 values, and 5 % for strides that are not infinitely short.
+    assert x.mean().item() == pytest.approx(0.1, abs=0.005 + 3 * 0.3 / math.sqrt(2 * 3200))
+    assert x.std().item() == pytest.approx(0.3 / math.sqrt(2), rel=0.05 + 3 / math.sqrt(2 * 3200))
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+def call(script, *arguments):
+    """The script's main() with these arguments on the CPU, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", "--device", "cpu", *map(str, arguments)])
+        script.main()
+
+
+def run_train(data_dir, output_dir, *arguments):
+    call(train, "--data_dir", data_dir, "--output_dir", output_dir, "--channels", 8, 8, "--patch", 8, "--batch_size",
+         16, "--timesteps", 4, "--warmup", 2, *arguments)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkeypatch, optimizer):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = ["--epochs", 1, "--save_every", 3, "--optimizer", optimizer, "--dropout", 0.1]
+    run_train(data_dir, whole, *flags)
+
+    def kill(output_dir, parts, step, **description):
+        save_training(output_dir, parts, step, **description)
+        raise KeyboardInterrupt
+
+    save_training = training.save_training
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_training", kill)
+        run_train(data_dir, parts, *flags)
+    assert load_checkpoint(parts / "last.pt", "p7_clevr", [])["step"] == 3
+    run_train(data_dir, parts, *flags, "--resume")
+    first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, parts))
+    for key in ("model", "ema"):
+        assert all(torch.equal(value, second[key][name]) for name, value in first[key].items())
+    lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 8] and all(len(line["loss_quarters"]) == 4 for line in lines)
+    for key in ("loss", "loss_eps", "lr"):
+        assert [line[key] for line in lines] == [line[key] for line in first["metrics"]]
+    assert Image.open(parts / "samples_000008.png").size == (8 * 65 + 1, 4 * 65 + 1)
+    model, alphas_cumprod = load_model(parts / "model.pt")  # what training has written, inference reads
+    assert torch.equal(model.state_dict()["first.weight"], first["ema"]["first.weight"].half().float())
+    assert torch.equal(alphas_cumprod, scene_schedule("cosine", 4, 3.0))
+
+
+def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch):
+    monkeypatch.setattr(train, "save_samples", lambda *arguments: None)
+    run_train(data_dir, tmp_path, "--epochs", 4, "--lr", 3e-3, "--save_every", 8, "--channels", 24, 8, "--patch", 4,
+              "--timesteps", 1000)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_two_processes_train_together(tmp_path, data_dir, torchrun):
+    done = torchrun("p7_clevr/train.py", "--data_dir", data_dir, "--output_dir", tmp_path, "--epochs", 1, "--device",
+                    "cpu", "--channels", 8, 8, "--patch", 8, "--batch_size", 32, "--timesteps", 4)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es), 4 steps" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "model.pt", "metrics.jsonl", "samples_000004.png"}
+
+
+def test_a_dry_run_writes_nothing(tmp_path, data_dir, capsys):
+    run_train(data_dir, tmp_path / "out", "--dry_run")
+    call(train_evaluator, "--data_dir", data_dir, "--output_dir", tmp_path / "out", "--network", "encoder", "--dry_run")
+    assert capsys.readouterr().out.count("dry run: two steps of 8 images went well") == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data_dir", "nowhere"], "neither a folder nor"), (["--channels", 9, 8], "divisible"),
+    (["--channels", 8, 8, "--patch", 7], "do not fit together"), (["--batch_size", 1000], "larger than the"),
+    (["--schedule", "linear", "--timesteps", 100], "more --timesteps")])
+def test_training_refuses_bad_flags(tmp_path, data_dir, flags, message):
+    with pytest.raises(UserError, match=message):
+        run_train(data_dir, tmp_path / "out", *flags)
+
+
+def test_pasting_adds_the_objects_of_another_picture(data_dir):
+    images, labels, _ = scenes.read_scenes(data_dir, "grader")
+    torch.manual_seed(0)
+    background = scenes.empty_background(images) / 127.5 - 1
+    x, y = train_evaluator.augment(images.float() / 127.5 - 1, labels, background, paste=1.0)
+    assert x.shape == images.shape and torch.equal(y, labels.maximum(labels.roll(1, 0)))
+    assert (x - background).abs().mean() > 1.2 * (images.float() / 127.5 - 1 - background).abs().mean()
+
+
+@pytest.fixture(scope="session")
+def graders(tmp_path_factory, data_dir):
+    """A folder with judge.pth, trained for a moment, and noisy.pth, whose pictures are noisy."""
+    folder = tmp_path_factory.mktemp("graders")
+    for name, flags in (("judge", ["--epochs", 25, "--paste", 0]), ("noisy", ["--epochs", 1, "--noisy"])):
+        call(train_evaluator, "--data_dir", data_dir, "--output_dir", folder / "training" / name, "--network",
+             "encoder", "--batch_size", 12, "--lr", 1e-2, "--warmup", 2, "--save_every", 25, "--ema", 0.9, *flags)
+        os.replace(folder / "training" / name / "model.pt", folder / f"{name}.pth")
+    return folder
+
+
+def test_a_grader_learns_and_its_file_is_an_evaluator(graders, data_dir):
+    lines = [json.loads(line) for line in (graders / "training/judge/metrics.jsonl").read_text().splitlines()]
+    share = 2 / 24  # of the objects, in the mean over pictures of one, two and three
+    knows_nothing = -24 * (share * math.log(share) + (1 - share) * math.log(1 - share))
+    assert lines[-1]["loss"] < 0.9 * knows_nothing and 0 <= lines[-1]["accuracy"] <= 1
+    images, labels, _ = scenes.read_scenes(data_dir, "held_out")
+    evaluator = Evaluator(graders / "judge.pth")
+    accuracy = evaluator.eval(inference.as_input(images), labels)
+    assert accuracy == pytest.approx(lines[-1]["accuracy"], abs=0.12)  # two of 18 labels, for half precision
+    assert load_grader(graders / "noisy.pth")[1]["schedule"] == train_evaluator.SCHEDULE
+
+
+# --- Sampling and the lab's wrapper ---------------------------------------------------------------
+
+def save_tiny(path, weights, schedule=dict(name="cosine", timesteps=1000, shift=3.0), **network):
+    save_checkpoint(path, kind="p7_clevr", ema=weights, metrics=[dict(epoch=1)],
+                    config=dict(network={**TINY, **network}, schedule=schedule))
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("check point") / "tiny.pt", randomised(SceneUNet(**TINY)).state_dict())
+
+
+def images_of(checkpoint, sets, batch_size=4, seed=0, sampling=Sampling("ddpm", 4), **options):
+    model, alphas_cumprod = load_model(checkpoint)
+    batches = inference.generate(model, alphas_cumprod, sets, sampling, seed, "cpu", batch_size, **options)
+    return torch.cat([images for _, images, _ in batches]).int()
+
+
+def test_neither_the_order_of_labels_nor_the_batch_changes_a_scene(checkpoint):
+    sets = [(0, ["red cube", "cyan sphere"]), (5, ["gray cube"]), (7, ["red cube", "blue cube", "gray cylinder"])]
+    whole = images_of(checkpoint, sets, 3)
+    assert whole.float().std() > 10
+    assert torch.equal(images_of(checkpoint, [(number, names[::-1]) for number, names in sets], 3), whole)
+    # Sums in another order, rounded to whole grey levels.
+    assert (images_of(checkpoint, sets, 2) - whole).abs().max() <= 1
+    assert (images_of(checkpoint, sets[2:], 1) - whole[2:]).abs().max() <= 1
+    assert (images_of(checkpoint, sets, 3, seed=1) - whole).abs().max() > 50
+    other = images_of(checkpoint, [(0, ["red cube", "cyan cube"])], 1)
+    assert (other - whole[:1]).abs().max() > 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp"])
+@pytest.mark.parametrize("name", ["judge", "noisy"])
+def test_classifier_guidance_raises_the_classifiers_opinion(checkpoint, graders, sampler, name):
+    sets = [(number, ["red cube", "cyan sphere"]) for number in range(4)]
+    model, alphas_cumprod = load_model(checkpoint)
+    guide = inference.load_guide(graders / f"{name}.pth", 1.0, alphas_cumprod, "cpu")
+    assert guide.noisy == (name == "noisy")
+    labels = scenes.multi_hot([names for _, names in sets])
+    opinions = []
+    for options in (dict(), dict(guide=guide)):
+        images = images_of(checkpoint, sets, sampling=Sampling(sampler, 8, guidance=1.0), **options)
+        with torch.no_grad():
+            opinions.append(guidance.log_probability(guide.network.logits(inference.as_input(images)), labels).mean())
+    assert opinions[1] > opinions[0]
+
+
+@pytest.fixture
+def lab(tmp_path, checkpoint, evaluator_file):
+    """lab(*arguments): main() of the wrapper's script with the tiny checkpoint, from the folder tmp_path."""
+    def run(*arguments):
+        call(inference, "--checkpoint", checkpoint, "--evaluator", evaluator_file, "--steps", 2, *arguments)
+    return run
+
+
+def test_the_lab_writes_what_the_course_asks_for(tmp_path, lab, capsys):
+    lab(tmp_path / "out", "--steps", 9, "--sampler", "ddim", "--guidance", 0)
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
+    assert files == {f"images/{name}/{number}.png" for name in ("test", "new_test") for number in range(32)} | {
+        "grid_test.png", "grid_new_test.png", "denoising.png"}
+    assert Image.open(tmp_path / "out/images/test/0.png").size == (64, 64)
+    assert Image.open(tmp_path / "out/grid_test.png").size == (8 * 66 + 2, 4 * 66 + 2)
+    strip = np.asarray(Image.open(tmp_path / "out/denoising.png"))
+    assert strip.shape == (68, 8 * 66 + 2, 3)
+    assert strip[2:66, 2:66].std() > strip[2:66, -66:-2].std()  # noise comes first
+    out = capsys.readouterr().out
+    assert re.search(r"^test: accuracy 0\.\d{4} \(32 pictures\)\nnew_test: accuracy 0\.\d{4} \(32 pictures\)\n", out)
+
+
+def test_any_wish_is_drawn_eight_times(tmp_path, lab, capsys):
+    lab(tmp_path / "out", "--labels", "red sphere", "cyan cube")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {*(f"{number}.png" for number in range(8)), "grid.png"}
+    assert "red sphere, cyan cube: accuracy" in capsys.readouterr().out
+
+
+def test_five_objects_may_be_asked_for(tmp_path, lab):
+    (tmp_path / "data").mkdir()
+    for name in ("test", "new_test"):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps([list(scenes.OBJECTS[:5])]))
+    lab(tmp_path / "out", "--data_dir", tmp_path / "data")
+    assert (tmp_path / "out/images/new_test/0.png").exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    ([["red cube"], ["red cub"]], 'entry 1 of .*test.json names "red cub".*nearest is "red cube"'),
+    ([["red cube", "red cube"]], 'names "red cube" twice'), ([[]], "is no list of objects"), ([], "no list of lists"),
+    ("[[", "is no JSON file"), (None, "there is no .*test.json")])
+def test_bad_conditions_are_refused(tmp_path, lab, content, message):
+    (tmp_path / "data").mkdir()
+    if content is not None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "data/test.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        lab(tmp_path / "out", "--data_dir", tmp_path / "data")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["out", "--labels", "rad sphere"], 'the nearest is "red sphere"'), (["out", "--steps", 1001], "above the 1000"),
+    (["out", "--checkpoint", "gone.pt"], "there is no checkpoint gone.pt"), (["file"], "is a file"),
+    (["out", "--checkpoint", "foreign.pt"], "not a checkpoint of p7_clevr"),
+    (["out", "--evaluator", "foreign.pt"], "does not hold the weights"),
+    (["out", "--checkpoint", "misfit.pt"], "do not fit"), (["out", "--checkpoint", "schedule.pt"], "does not describe"),
+    (["out", "--checkpoint", "nan.pt"], "hold NaN"), (["out", "--checkpoint", "huge.pt"], "scene 0 comes out as NaN"),
+    (["out", "--scale", 1, "--guide", "other.pth"], "other timesteps")])
+def test_inference_refuses_bad_input(tmp_path, lab, checkpoint, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    weights = torch.load(checkpoint, weights_only=True)["ema"]
+    torch.save({"state_dict": {}}, "foreign.pt")
+    save_tiny("misfit.pt", weights, channels=[8, 16])
+    save_tiny("schedule.pt", weights, schedule=dict(name="unknown"))
+    save_tiny("nan.pt", {**weights, "first.bias": torch.full((8,), float("nan"))})
+    save_tiny("huge.pt", {**weights, "first.bias": torch.full((8,), 3e38)})  # finite, but their sum is not
+    save_checkpoint("other.pth", config=dict(network="encoder", schedule=dict(name="cosine", timesteps=500)),
+                    model=NETWORKS["encoder"]().state_dict())
+    Path("file").write_text("mine")
+    with pytest.raises(UserError, match=message):
+        lab(*arguments)
+    assert not list(Path().rglob("*.png")) and Path("file").read_text() == "mine"
+
+
+def test_the_wrapper_refuses_bad_input_from_any_folder_in_one_sentence(tmp_path, checkpoint, evaluator_file):
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data/test.json").write_text('[["red cube"], ["red cub"]]')
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ROOT / "assignments/nycu2024_lab6/lab6.sh", "out put", "--data_dir", "my data"],
+                          cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out put").exists()
+    assert done.stderr == ('inference.py: error: entry 1 of my data/test.json names "red cub", which is none of the 24 '
+                           'objects; the nearest is "red cube"\n')
+
+
+def test_without_the_checkpoint_one_sentence_says_how_to_train_it(tmp_path, evaluator_file, monkeypatch):
+    monkeypatch.setattr(inference, "CHECKPOINT", tmp_path / "scenes.pt")
+    with pytest.raises(UserError, match="run 'python3 p7_clevr/train.py --data_dir DIR'"):
+        call(inference, tmp_path / "out", "--evaluator", evaluator_file)
+    assert not (tmp_path / "out").exists()
+
+
+# --- Evaluation and studies ---------------------------------------------------------------------
+
+def test_things_are_counted_before_the_background():
+    background = torch.full((3, 64, 64), 140.0)
+    images = background.repeat(3, 1, 1, 1)
+    images[1, :, 10:20, 10:20] = 30
+    images[1, 0, 40:50, 40:44] = 200
+    images[2, :, 10:20, 10:20] -= 20  # a shadow
+    images[2, :, 40:42, 40:42] = 30  # a speck
+    assert evaluate.count_objects(images.to(torch.uint8), background).tolist() == [0, 2, 0]
+
+
+@pytest.fixture
+def shipped(graders, evaluator_file, tmp_path, monkeypatch):
+    """The graders of the tests in the place of the shipped ones."""
+    for name in ("judge", "noisy"):
+        (tmp_path / f"{name}.pth").write_bytes((graders / f"{name}.pth").read_bytes())
+    (tmp_path / "evaluator.pth").write_bytes((graders / "judge.pth").read_bytes())
+    for module in (evaluate, studies, inference):
+        monkeypatch.setattr(module, "CHECKPOINTS", tmp_path)
+    return tmp_path
+
+
+def test_the_judge_tells_real_pictures_from_noise(shipped, data_dir):
+    judge = evaluate.Judge(data_dir, evaluator=shipped / "evaluator.pth", judge=shipped / "judge.pth")
+    images, _, sets = scenes.read_scenes(data_dir, "grader")
+    real = judge(images, sets)
+    assert real["too_many"] == 0 and real["color_mean"] < 10 and real["accuracy"] == real["judge"]
+    noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = judge(noise, sets)
+    assert noise["frechet"] > 3 * real["frechet"] and noise["color_std"] > 20
+    four = judge(images[:5], [list(scenes.OBJECTS[:4])] * 5)
+    assert math.isnan(four["frechet_ratio"])  # real pictures show three at most
+
+
+def test_evaluate_script(shipped, data_dir, lab, tmp_path, capsys):
+    lab(tmp_path / "out")
+    capsys.readouterr()
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "out"), "--data_dir", str(data_dir), "--evaluator",
+                                      str(shipped / "evaluator.pth")])
+    monkeypatch.setattr(evaluate.Judge.__init__, "__defaults__", ("cpu", *[shipped / "judge.pth"] * 2))
+    evaluate.main()
+    out = capsys.readouterr().out
+    assert re.search(r"^test: accuracy 0\.\d{4}, by the judge 0\.\d{4}; objects too many in \d+ % of the ", out)
+    assert "times that of real pictures" in out and "of real pictures: 1" in out
+    os.remove(tmp_path / "out/images/test/7.png")
+    with pytest.raises(UserError, match="there is no image .*7.png"):
+        evaluate.main()
+    monkeypatch.undo()
+
+
+def test_a_study_measures_each_setting_once(shipped, data_dir, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.Judge.__init__, "__defaults__", ("cpu", *[shipped / "judge.pth"] * 2))
+    monkeypatch.setattr(studies, "TABLES", {
+        "scale": studies.each("choice", (1, 2), dict(scale=0.0), dict(scale=0.1, guide="noisy")),
+        "again": studies.each("choice", (2,), {}), "five": studies.each("five", (1,), {})})
+    sets_of, measure, measured = studies.sets_of, studies.measure, []
+    monkeypatch.setattr(studies, "sets_of", lambda kind, judge: sets_of(kind, judge)[:12])
+    monkeypatch.setattr(studies, "measure", lambda *arguments: measured.append(arguments) or measure(*arguments))
+    flags = ["--output", tmp_path / "results.csv", "--data_dir", data_dir, "--checkpoint", checkpoint, "--steps", 1,
+             "--evaluator", shipped / "evaluator.pth", "--tables", "scale", "again", "five"]
+    call(studies, *flags)
+    out = capsys.readouterr().out
+    assert len(measured) == 5 and "±" in out and "| scale |" in out
+    rows = studies.pd.read_csv(tmp_path / "results.csv")
+    assert list(rows.table) == ["scale"] * 4 + ["again", "five"] and list(rows.condition.unique()) == ["tokens"]
+    assert rows.accuracy.between(0, 1).all() and rows.frechet_ratio.isna().tolist() == [False] * 5 + [True]
+    call(studies, *flags)
+    assert len(measured) == 5 and len(studies.pd.read_csv(tmp_path / "results.csv")) == 6
+
+
+def test_tables_vary_flags_and_report_what_took_part_in_no_choice():
+    for table in studies.TABLES.values():
+        assert all(row.keys() <= studies.DEFAULTS.keys() and row["sets"] for row in table)
+    judge = evaluate.Judge.__new__(evaluate.Judge)
+    judge.sets = [["red cube"]] * 400
+    kinds = {kind: studies.sets_of(kind, judge) for kind in ("choice", "held_out", "test", "new_test", "four", "five")}
+    assert [len(sets) for sets in kinds.values()] == [64, 100, 32, 32, 50, 50]
+    assert len(studies.sets_of("real", judge)) == 300
+    choice = {frozenset(names) for names in kinds.pop("choice")}
+    assert all(choice.isdisjoint(map(frozenset, sets)) for sets in kinds.values())
+    seeds = [{row["seed"] for row in studies.TABLES[name]} for name in ("guidance", "seeds")]
+    assert seeds[0].isdisjoint(seeds[1])
