@@ -33,7 +33,7 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument("faces", type=face_source, metavar="FACES", help="folder or zip file of faces")
     parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")
-    parser.add_argument("--baseline", type=float_between(0), default=0.05, help="highest mean squared error that passes")
+    parser.add_argument("--baseline", type=float_between(0), default=0.05, help="highest error that passes")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--batch_size", type=int_at_least(1), default=250, help="faces at a time")
     args = parser.parse_args()

@@ -16,6 +16,8 @@ from face_grader import (Judge, cut_grid, found_faces, frechet_distance, kernel_
 from faces import face_source, save_grid
 from utils import UserError
 
+torch.set_num_threads(1)  # for networks this small, a second thread costs more than it gives
+
 
 def random_images(count, seed=0):
     return torch.randint(256, (count, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))

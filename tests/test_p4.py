@@ -22,6 +22,7 @@ from p4_vae.model import VAE, load_model
 from utils import UserError, image_generators
 
 ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)  # for networks this small, a second thread costs more than it gives
 
 
 def generator(seed=0):

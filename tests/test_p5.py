@@ -19,6 +19,7 @@ from p5_gan.model import Discriminator, Generator, load_model
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)  # for networks this small, a second thread costs more than it gives
 
 
 # --- Losses and networks ------------------------------------------------------------------------
