@@ -140,8 +140,9 @@ def machine(device):
     names = re.findall("model name\\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     processor = torch.cuda.get_device_name() if device == "cuda" else names[0] if names else platform.machine()
     spinning = os.environ.get("OMP_WAIT_POLICY") or os.environ.get("GOMP_SPINCOUNT", "default")
-    return dict(processor=processor, threads=torch.get_num_threads(), spinning=spinning,
-                python=platform.python_version(), torch=torch.__version__)
+    instructions = re.findall(r"CPU capability usage: (\w+)", torch.__config__.show())
+    return dict(processor=processor, instructions=" ".join(instructions), threads=torch.get_num_threads(),
+                spinning=spinning, python=platform.python_version(), torch=torch.__version__)
 
 
 def parse_args():
