@@ -3,10 +3,10 @@
 In training they are changed at random in ways that leave the digit what it is; a prediction averages over a few fixed
 views. Between MNIST-M, SVHN and USPS the digits differ in place, size, slant, stroke, sharpness, contrast and polarity,
 and street numbers have neighbours. Whatever the changes below can turn into each other is no longer a difference
-between the domains, and only the rest is left for the adversary to align. None of them needs to know a label.
+between the domains, and only the rest is left for the method to align. None of them needs to know a label.
 
-`grey`, `standardize`, `views` and `augment` take colour images as they were read, uint8 (N, 3, 28, 28); the random
-changes take grey ones, float (N, 1, 28, 28).
+`grey`, `standardize`, `views`, `weakly` and `augment` take colour images as they were read, uint8 (N, 3, 28, 28); the
+random changes take grey ones, float (N, 1, 28, 28).
 """
 
 from typing import NamedTuple
@@ -17,20 +17,25 @@ import torch.nn.functional as F
 from transforms import random_affine, uniform
 
 # What the ablation can leave out.
-PARTS = ("geometry", "neighbours", "sharpness", "intensity")
+PARTS = ("backgrounds", "geometry", "neighbours", "sharpness", "solarize", "posterize", "intensity", "cutout")
 
 
 class Augmentation(NamedTuple):
-    """What depends on the domain: the range of the magnification, and whether a digit is shown in a row of others."""
-    zoom: tuple
-    neighbours: bool
+    """What depends on the domain."""
+    zoom: tuple  # range of the magnification
+    strong_zoom: tuple  # that of the strong view
+    neighbours: int = 0  # the columns that a digit takes in a row of others, in which it is shown; 0: alone
+    margin: int = 0  # pixels that are added around it, black
+    backgrounds: bool = False  # whether it is painted on made-up ones, half of the time
 
 
-# A digit of MNIST-M is alone, and learns what street numbers look like: larger, and with neighbours. SVHN's have both
-# already. USPS' are alone, too, but so far only ever adapted to, and stay as they are.
-AUGMENTATIONS = {"mnistm": Augmentation(zoom=(0.9, 1.5), neighbours=True),
-                 "svhn": Augmentation(zoom=(0.9, 1.15), neighbours=False),
-                 "usps": Augmentation(zoom=(0.9, 1.15), neighbours=False)}
+# A digit of MNIST-M takes 20 of 28 pixels, one of USPS all of them, and both are alone: they learn what street numbers
+# look like, with neighbours, and come in each other's sizes. SVHN's fill the frame and have neighbours already. USPS'
+# are white on black, and learn what else there is.
+AUGMENTATIONS = {
+    "mnistm": Augmentation(zoom=(0.9, 1.5), strong_zoom=(0.9, 1.5), neighbours=20),
+    "svhn": Augmentation(zoom=(0.9, 1.15), strong_zoom=(0.7, 1.15)),
+    "usps": Augmentation(zoom=(0.65, 1.15), strong_zoom=(0.65, 1.15), neighbours=28, margin=6, backgrounds=True)}
 
 
 def grey(images):
@@ -50,8 +55,31 @@ def standardize(images):
     return centred / (centred.square().mean(dim=(2, 3), keepdim=True).sqrt() + 2.5)
 
 
-def row_of_digits(images, columns=20):
-    """(N, 1, 28, 3 * columns): the middle `columns` of each image between those of two others of the batch.
+def backgrounds(count, side, device):
+    """Made-up backgrounds, float (count, 3, side, side) in (0, 255): colour noise of all sizes, sharpened at random.
+
+    What comes out lies between soft gradients and plateaus with edges, as patches of photographs do.
+    """
+    field = 0
+    for size, share in (2, 1.0), (4, 0.7), (8, 0.4), (side, 0.2):
+        noise = torch.randn(count, 1, size, size, device=device) + torch.randn(count, 3, size, size, device=device) / 2
+        noise = F.interpolate(noise, size=(side, side), mode="bilinear", align_corners=False)
+        field = field + uniform(0, share, count, device) * noise
+    return 255 * torch.sigmoid(uniform(0.5, 5, count, device) * field + uniform(-3, 3, count, device))
+
+
+def on_backgrounds(images):
+    """Digits, uint8 (N, 3, S, S), white on black, on backgrounds from dark ones to bright ones: float (N, 1, S, S).
+
+    Blended as MNIST-M is (Ganin et al. 2016, section 5.2.4): the absolute difference of the colours.
+    """
+    count, device = len(images), images.device
+    painted = backgrounds(count, images.shape[-1], device) * uniform(0, 0.8, count, device)
+    return grey((painted - images.float()).abs())
+
+
+def row_of_digits(images, columns):
+    """(N, 1, H, 3 * columns): the middle `columns` of each image between those of two others of the batch.
 
     A street number's crop shows parts of its neighbours; in this row an affine view does, too.
     """
@@ -77,22 +105,69 @@ def random_intensity(images, scale=(0.25, 1.5), offset=0.5, noise=0.1):
     return images + torch.randn_like(images) * uniform(0, noise, count, device)
 
 
+def some(images, changed, share):
+    """`changed` instead of `images` (N, ...) for a random `share` of them."""
+    return torch.where(uniform(0, 1, len(images), images.device) < share, changed, images)
+
+
+def solarize(images):
+    """Inverts what is brighter than a random level of each image's own range."""
+    lowest, highest = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
+    level = torch.lerp(lowest, highest, uniform(0.2, 1, len(images), images.device))
+    return torch.where(images > level, lowest + highest - images, images)
+
+
+def posterize(images):
+    """Leaves 2 to 6 levels of each image's own range."""
+    lowest, highest = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
+    step = (highest - lowest + 1e-3) / torch.randint(1, 6, (len(images), 1, 1, 1), device=images.device)
+    return lowest + ((images - lowest) / step).round() * step
+
+
+def cutout(images, largest=14):
+    """Sets a square of each image to 0, its centre anywhere, its side up to `largest` (DeVries and Taylor 2017)."""
+    count, device = len(images), images.device
+    half = uniform(0, largest / 2, count, device)
+    rows, columns = ((torch.arange(28, device=device) - uniform(0, 27, count, device)).abs() for _ in range(2))
+    return images * ((rows.transpose(2, 3) > half) | (columns > half))
+
+
 def views(images):
     """Three standardized views of uint8 `images` (N, 3, 28, 28): three magnifications, one of them inverted."""
     for zoom, polarity in ((0.9, 1), (1.0, -1), (1.1, 1)):
         yield polarity * standardize(random_affine(grey(images), zoom=(zoom, zoom)))
 
 
-def augment(images, domain, without=()):
+def weakly(images):
+    """uint8 (N, 3, 28, 28) to standardized float (N, 1, 28, 28), of either polarity, moved and magnified a little."""
+    images = standardize(random_affine(grey(images), zoom=(0.9, 1.1), shift=0.15))
+    return some(images, -images, 0.5)
+
+
+def augment(images, domain, without=(), strong=False):
     """uint8 (N, 3, 28, 28) to standardized float (N, 1, 28, 28), changed at random in the ways that suit their domain.
 
-    without: names from PARTS, the ways that are left out.
+    without: names from PARTS, the ways that are left out. strong: adds what RandAugment (Cubuk et al. 2020) has beyond
+    that, for methods that only have to recognise an image whose digit they believe to know.
     """
-    images, kind = grey(images), AUGMENTATIONS[domain]
+    kind = AUGMENTATIONS[domain]
     if "geometry" not in without:
-        row = row_of_digits(images) if kind.neighbours and "neighbours" not in without else images
-        images = random_affine(row, kind.zoom, stretch=0.25, degrees=15.0, shear=0.2, shift=0.24, size=(28, 28))
+        images = F.pad(images, [kind.margin] * 4)
+    if kind.backgrounds and "backgrounds" not in without:
+        images = some(grey(images), on_backgrounds(images), 0.5)
+    images = grey(images)
+    if "geometry" not in without:
+        if kind.neighbours and "neighbours" not in without:
+            images = row_of_digits(images, kind.neighbours)
+        images = random_affine(images, kind.strong_zoom if strong else kind.zoom, stretch=0.25, degrees=15.0, shear=0.2,
+                               shift=0.24, size=(28, 28))
     if "sharpness" not in without:
         images = random_sharpness(images)
+    if strong and "solarize" not in without:
+        images = some(images, solarize(images), 0.25)
+    if strong and "posterize" not in without:
+        images = some(images, posterize(images), 0.25)
     images = standardize(images)
-    return images if "intensity" in without else random_intensity(images)
+    if "intensity" not in without:
+        images = random_intensity(images)
+    return cutout(images) if strong and "cutout" not in without else images

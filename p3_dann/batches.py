@@ -5,15 +5,17 @@ from typing import NamedTuple
 import torch
 
 from dataset import load_split
-from p3_dann.augment import augment
+from p3_dann.augment import augment, weakly
 from utils import UserError
 
 
 class Batch(NamedTuple):
-    """Images are float (B, 1, 28, 28), augmented as their domain is and standardized."""
+    """Images are float (B, 1, 28, 28), augmented as their domain is and standardized; the weak views, where there are
+    two."""
     images: torch.Tensor  # of the domain that comes with labels
     labels: torch.Tensor  # theirs, int64 (B,)
     unlabelled: list  # images of each domain that comes without
+    strong: list = ()  # strong views of the images of all domains, the labelled first, for the methods of two views
 
 
 def load_training_images(data_dir, method, domains):
@@ -33,14 +35,19 @@ def load_training_images(data_dir, method, domains):
     return images, labels
 
 
-def draw_batch(images, labels, count, without=()):
+def draw_batch(images, labels, count, without=(), two_views=False):
     """A Batch of `count` images of each domain, drawn with replacement from what load_training_images returns.
 
-    without: names from augment.PARTS, the parts of the augmentation to leave out.
+    without: names from augment.PARTS, the parts of the augmentation to leave out. two_views: see methods.sees.
     """
-    chosen, views = [], []
+    chosen, views, strong = [], [], []
     for domain, seen in images.items():
         chosen.append(torch.randint(len(seen), (count,)).to(labels.device))
-        view = augment(seen[chosen[-1]], domain, without)
-        views.append(view.contiguous(memory_format=torch.channels_last))
-    return Batch(views[0], labels[chosen[0]], views[1:])
+        drawn = seen[chosen[-1]]
+        if two_views:
+            views.append(weakly(drawn))
+            strong.append(augment(drawn, domain, without, strong=True))
+        else:
+            views.append(augment(drawn, domain, without))
+    views, strong = ([view.contiguous(memory_format=torch.channels_last) for view in some] for some in (views, strong))
+    return Batch(views[0], labels[chosen[0]], views[1:], strong)

@@ -9,24 +9,36 @@ training is done, in [0, 1); settings: keyword arguments that are flags of train
 metrics: {name: 0-d tensor}, whose means over some steps make a line of the log.
 """
 
+import contextlib
+import itertools
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from dataset import DOMAINS
 from p3_dann.model import GradientReversal
 
-# (source, target) of the assignment's two scenarios.
-PAIRS = (("mnistm", "svhn"), ("mnistm", "usps"))
+# (source, target) of the assignments' scenarios, by their year, and whatever else there is to adapt.
+PAIRS = (("mnistm", "svhn"), ("mnistm", "usps"))  # 2023
+PAIRS_2020 = (("usps", "mnistm"), ("mnistm", "svhn"), ("svhn", "usps"))
+ALL_PAIRS = tuple(dict.fromkeys([*PAIRS_2020, *PAIRS, *itertools.permutations(DOMAINS, 2)]))
 METHODS = {}
 
 
-def sees(labelled, unlabelled=(), flags=()):
-    """Enters a method into METHODS by its name, and says of which domains, 'source' or 'target', it gets images with
-    labels and images alone, and which of train.py's flags it takes."""
+def sees(labelled, unlabelled=(), two_views=False, flags=(), network={}, defaults={}):
+    """Enters a method into METHODS by its name, and says what it needs.
+
+    labelled, unlabelled: of which domains, 'source' or 'target', it gets images with labels and images alone.
+    two_views: whether of each image it gets a weak and a strong view, which then share their normalisation statistics
+    with each other and with all domains. flags: which of train.py's it takes as settings; network: arguments of
+    model.Dann; defaults: other defaults of train.py's flags.
+    """
     def enter(method):
-        method.labelled, method.unlabelled, method.flags = labelled, tuple(unlabelled), tuple(flags)
+        method.labelled, method.unlabelled, method.two_views = labelled, tuple(unlabelled), two_views
+        method.flags, method.network, method.defaults = tuple(flags), network, defaults
         method.domains = (labelled, *unlabelled)
         METHODS[method.__name__] = method
         return method
@@ -93,7 +105,88 @@ def dann(networks, batch, progress, lambda_max=1.0):
     return class_loss + domain_loss, metrics
 
 
-# --- Their parts --------------------------------------------------------------------------------
+@sees(labelled="source", unlabelled=["target"], two_views=True, flags=["threshold"],
+      network=dict(dropout=0.0, alignment=True), defaults=dict(epochs=60, batch_size=64))
+def adamatch(networks, batch, progress, threshold=0.9):
+    """AdaMatch (Berthelot et al., ICLR 2022, section 3): what the network is sure to see in a weak view of a target
+    image, it learns to see in the strong view.
+
+    One pass normalises all views of both domains together, another the source alone. The teacher is the network itself:
+    its answers to weak views pass no gradient on.
+    """
+    (target,), (strong, target_strong) = batch.unlabelled, batch.strong
+    source, count = torch.cat([batch.images, strong]), len(target)
+    together = networks(torch.cat([source, target, target_strong])).float()
+    with without_recording(networks):
+        alone = networks(source).float()
+    logits = interpolate(together[:len(source)], alone)
+    target_logits, strong_logits = together[len(source):].split(count)
+    class_loss = 2 * F.cross_entropy(logits, batch.labels.repeat(2))  # the paper adds the means of both views
+    with torch.no_grad():
+        answers, target_answers = logits[:len(strong)].softmax(dim=1), target_logits.softmax(dim=1)
+        follow(networks.source_classes, answers)
+        follow(networks.target_classes, target_answers)
+        aligned = align(target_answers, networks.source_classes, networks.target_classes)
+        confidence, pseudo_labels = aligned.max(dim=1)
+        counted = (confidence >= relative_threshold(answers, threshold)).float()
+    target_loss = (counted * F.cross_entropy(strong_logits, pseudo_labels, reduction="none")).mean()
+    weight = half_cosine_ramp(progress)
+    metrics = dict(loss=class_loss.detach() / 2, accuracy=(answers.argmax(dim=1) == batch.labels).float().mean(),
+                   target_loss=target_loss.detach(), counted=counted.mean(),
+                   confident=(target_answers.amax(dim=1) > 0.9).float().mean(), weight=class_loss.new_tensor(weight))
+    return class_loss + weight * target_loss, metrics
+
+
+# --- The parts of adamatch ----------------------------------------------------------------------
+
+@contextlib.contextmanager
+def without_recording(networks):
+    """Within, batch normalisation still takes the batch's statistics, but does not add them to the running ones."""
+    norms = [module for module in networks.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def interpolate(first, second):
+    """Logits at random places between two of the same images, (N, C): each of them has its own place (section 3.2)."""
+    return torch.lerp(second, first, torch.rand_like(first))
+
+
+@torch.no_grad()
+def follow(running, probabilities, decay=0.99):
+    """Moves the running class distribution (C,) towards the mean of `probabilities` (N, C) of all processes.
+
+    decay: as slow as ReMixMatch's mean over 128 batches (Berthelot et al. 2020, section 3.1).
+    """
+    mean = probabilities.mean(dim=0)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    running.lerp_(mean, 1 - decay)
+
+
+def align(probabilities, source_classes, target_classes):
+    """Target probabilities (N, C) as they would be if its classes were as frequent as the source's (section 3.3)."""
+    aligned = probabilities * (source_classes / target_classes)
+    return aligned / aligned.sum(dim=1, keepdim=True)
+
+
+def relative_threshold(source_probabilities, threshold=0.9):
+    """How sure counts as sure: `threshold` times the mean confidence on the source's weak views (section 3.4)."""
+    return threshold * source_probabilities.amax(dim=1).mean()
+
+
+def half_cosine_ramp(progress):
+    """The target loss's weight: from 0 to 1 along half a cosine over the first half of training (section 3.5)."""
+    return 0.5 - 0.5 * math.cos(min(math.pi, 2 * math.pi * progress))
+
+
+# --- The parts of the others --------------------------------------------------------------------
 
 def lambda_schedule(progress, lambda_max=1.0, gamma=10.0):
     """lambda at `progress` in [0, 1]: from 0, while the discriminator knows nothing yet, up to `lambda_max`.

@@ -38,12 +38,14 @@ class Dann(nn.Module):
 
     widths: channels at 28x28, 14x14 and 7x7. num_features: size of the feature vector.
     features: float (N, 1, 28, 28), what `augment.standardize` returns, to (N, num_features); classifier: features to
-    logits (N, num_classes); discriminator: features to logits (N, 1), positive for 'target'.
+    logits (N, num_classes); discriminator: features to logits (N, 1), positive for 'target'. alignment: whether to
+    keep the running class distributions (num_classes,) that adamatch aligns.
     """
 
-    def __init__(self, widths=(32, 64, 128), num_features=256, num_classes=10, dropout=0.5):
+    def __init__(self, widths=(32, 64, 128), num_features=256, num_classes=10, dropout=0.5, alignment=False):
         super().__init__()
-        self.config = dict(widths=list(widths), num_features=num_features, num_classes=num_classes, dropout=dropout)
+        self.config = dict(widths=list(widths), num_features=num_features, num_classes=num_classes, dropout=dropout,
+                           alignment=alignment)
         stages, channels = [], 1
         for width in widths:
             stages += [convolution(channels, width), convolution(width, width), nn.MaxPool2d(2)]
@@ -55,6 +57,9 @@ class Dann(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(num_features, num_classes))
         self.discriminator = nn.Sequential(nn.Linear(num_features, 128), nn.ReLU(inplace=True),
                                            nn.Linear(128, 128), nn.ReLU(inplace=True), nn.Linear(128, 1))
+        if alignment:
+            for name in ("source_classes", "target_classes"):
+                self.register_buffer(name, torch.full((num_classes,), 1 / num_classes))
 
     def forward(self, images):
         """Class logits (N, num_classes)."""

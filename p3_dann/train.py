@@ -56,8 +56,11 @@ def parse_args():
     training.add_arguments(parser, epochs=12, batch_size=128, lr=3e-3, warmup=240, weight_decay=1e-3, ema=0.995,
                            save_every=STEPS_PER_EPOCH)
     parser.add_argument("--lambda_max", type=float_between(0), default=1.0, help="dann's final weight of the adversary")
+    parser.add_argument("--threshold", type=float_between(0, 1), default=0.9,
+                        help="adamatch counts a target image above this share of the mean confidence on the source")
     parser.add_argument("--without", nargs="+", choices=PARTS, default=[],
                         help="parts of the augmentation to leave out, to see what they give")
+    parser.set_defaults(**METHODS[parser.parse_args().method].defaults)
     args = parser.parse_args()
     name = f"{run_name(args.method, args.source, args.target)}_s{args.seed}"
     args.output_dir = args.output_dir or ROOT / "p3_dann/output" / name
@@ -78,7 +81,7 @@ def main():
     total = args.epochs * STEPS_PER_EPOCH
 
     training.seed_all(args.seed)
-    model = Dann().to(device, memory_format=torch.channels_last)
+    model = Dann(**method.network).to(device, memory_format=torch.channels_last)
     parts = training.make_parts(model, training.make_optimizers(model, args), process, saved)
     objective = Objective(model, method, {flag: getattr(args, flag) for flag in method.flags})
     parallel = training.distribute(objective, process, static_graph=True)  # some methods leave the discriminator out
@@ -90,7 +93,7 @@ def main():
 
     description = dict(kind="p3_dann", config=model.config, recipe=training.recipe(args), metrics=metrics)
     for step in training.steps(args, process, saved, total):
-        batch = draw_batch(images, labels, count, args.without)
+        batch = draw_batch(images, labels, count, args.without, method.two_views)
         with autocast(device, process.dtype):
             loss, values = parallel(batch, step / total)
         training.update(parts, loss, training.warmup_cosine(step, total, args.warmup),
@@ -102,7 +105,8 @@ def main():
                 training.save_training(args.output_dir, parts, step, **description)
 
     if process.rank == 0 and not args.dry_run:
-        adapt_statistics(parts.ema, images[predicted_domain(vars(args))])
+        if not method.two_views:  # these have recorded the statistics that all domains share
+            adapt_statistics(parts.ema, images[predicted_domain(vars(args))])
         metrics[-1]["validation_accuracy"] = validation_accuracy(parts.ema, args.data_dir)
         training.write_jsonl(args.output_dir / "metrics.jsonl", metrics)
         training.save_model(args.output_dir, parts.ema, **description)  # last of all: where it is, the record is whole
