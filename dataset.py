@@ -1,9 +1,11 @@
-"""Reads images and the course's layout, folders of digits and CSV files, into memory as uint8 tensors.
+"""Reads images and the courses' layouts, folders of digits and CSV files, into memory as uint8 tensors.
 
     hw2_data/digits/<mnistm | svhn | usps>/
-        data/*.png               training and validation images in one folder
+        data/*.png               training and validation images in one folder; 2020's course: train/*.png
         train.csv  val.csv       header image_name,label; rows in any order
         test/*.png  test.csv     the held-out test images
+
+2020's course has no val.csv; then a fixed fifth of train.csv is for validation, and training takes the rest.
 
 A whole split fits into memory (45,000 digits are 100 MB), so trainers load it once, move it to their
 device and never touch the disk again. Whatever is wrong with a file raises a utils.UserError.
@@ -245,11 +247,12 @@ def _read_csv(csv_path, columns):
 
 # --- Images with their labels -------------------------------------------------------------------
 
-def load_digits(csv_path, image_dir, size=28, labelled=True):
+def load_digits(csv_path, image_dir, size=28, labelled=True, choose=None):
     """(images, labels, names) of the images that a CSV file names in `image_dir`, in the CSV's order.
 
     images: uint8 (N, 3, size, size); labels: int64 (N,), or None when not `labelled`, where the label
-    column is never read (an adaptation target's labels must not be); names: a list of N strings.
+    column is never read (an adaptation target's labels must not be); names: a list of N strings. choose: a function
+    of all names that returns those that are wanted.
     """
     names, labels = read_labels(csv_path) if labelled else (read_names(csv_path), None)
     if not Path(image_dir).is_dir():
@@ -259,18 +262,30 @@ def load_digits(csv_path, image_dir, size=28, labelled=True):
         if name not in present:
             raise UserError(f"row {row} of {csv_path} names {name!r}, which is not in {image_dir}; "
                             "add the image or remove the row")
+    wanted = set(choose(names) if choose else names)
+    rows = [row for row, name in enumerate(names) if name in wanted]
+    names, labels = [names[row] for row in rows], labels[rows] if labelled else None
 
     def stop(index, error):
-        raise UserError(f"row {index + 1} of {csv_path}: {error}")
+        raise UserError(f"row {rows[index] + 1} of {csv_path}: {error}")
 
     return read_images([Path(image_dir) / name for name in names], size, stop), labels, names
 
 
 def load_split(data_dir, domain, split, labelled=True):
     """load_digits for one of DOMAINS and 'train', 'val' or 'test' below `data_dir`, the folder hw2_data."""
-    folder = Path(data_dir) / "digits" / domain
+    folder, choose = Path(data_dir) / "digits" / domain, None
     csv_path, image_dir = folder / f"{split}.csv", folder / ("test" if split == "test" else "data")
+    if not image_dir.exists() and (folder / "train").exists():
+        image_dir = folder / "train"
+    if split != "test" and not (folder / "val.csv").exists():
+        csv_path, choose = folder / "train.csv", FIFTHS[split]
     for path in (csv_path, image_dir):
         if not path.exists():
             raise UserError(f"there is no {path}; run 'bash get_dataset.sh', or point --data_dir to hw2_data")
-    return load_digits(csv_path, image_dir, labelled=labelled)
+    return load_digits(csv_path, image_dir, labelled=labelled, choose=choose)
+
+
+# Of all names, whatever their order in the file and whatever their labels, every fifth is for validation.
+FIFTHS = {"val": lambda names: sorted(names)[::5],
+          "train": lambda names: set(names).difference(sorted(names)[::5])}

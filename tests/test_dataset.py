@@ -289,6 +289,31 @@ def test_bad_image_is_named_with_its_row(digits):
         dataset.load_digits(folder / "good.csv", folder / "nowhere")
 
 
+def test_the_layout_of_2020_and_its_fixed_fifth(digits, tmp_path):
+    """No val.csv: every fifth name, whatever the rows' order and without their labels, is for validation alone."""
+    folder = tmp_path / "digits" / "usps"
+    shutil.copytree(digits[0] / "data", folder / "train")
+    shutil.copytree(digits[0] / "data", folder / "test")
+    for text in ((digits[0] / "good.csv").read_text(), "image_name\n" + "".join(f"{k}.png\n" for k in range(10))):
+        labelled = "label" in text
+        (folder / "train.csv").write_text(text)
+        images, labels, names = dataset.load_split(tmp_path, "usps", "val", labelled)
+        assert sorted(names) == ["0.png", "5.png"] and images[:, 0, 5, 5].tolist() == [int(name[0]) for name in names]
+        assert not labelled or labels.tolist() == [9 - int(name[0]) for name in names]
+        _, _, rest = dataset.load_split(tmp_path, "usps", "train", labelled)
+        assert sorted(rest + names) == [f"{k}.png" for k in range(10)]
+    (folder / "test.csv").write_text("image_name,label\n3.png,6\n")
+    assert dataset.load_split(tmp_path, "usps", "test")[2] == ["3.png"]
+    (folder / "val.csv").write_text("image_name,label\n7.png,2\n")
+    assert dataset.load_split(tmp_path, "usps", "val")[2] == ["7.png"]
+    assert len(dataset.load_split(tmp_path, "usps", "train", labelled=False)[2]) == 10
+    (folder / "val.csv").unlink()
+    (folder / "train.csv").write_text("image_name,label\n3.png,1\n4.png,2\n5.png,2\n")
+    (folder / "train" / "4.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"row 2 of .*train.csv: the image .*4.png"):
+        dataset.load_split(tmp_path, "usps", "train")
+
+
 def test_missing_data_set_says_what_to_run(tmp_path):
     with pytest.raises(UserError, match=r"no .*usps.*train.csv; run 'bash get_dataset.sh'"):
         dataset.load_split(tmp_path, "usps", "train")
