@@ -93,12 +93,15 @@ def _draw_groups(axes, points, groups):
     axes.spines[:].set_visible(True)
 
 
-def tsne_pictures(path, points, digits, is_target, names):
-    """Writes an embedding as two pictures side by side: draw_digits and draw_domains."""
-    figure, (by_digit, by_domain) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 2.6))
-    draw_digits(by_digit, points, digits)
-    draw_domains(by_domain, points, is_target, names)
-    for axes, title in (by_digit, "by digit"), (by_domain, "by domain"):
-        axes.set_title(title)
+def tsne_pictures(path, embeddings, digits, is_target, names):
+    """Writes {title: embedding} as two rows of pictures, the embeddings side by side: draw_digits and draw_domains."""
+    figure, panels = plt.subplots(2, len(embeddings), figsize=(TEXT_WIDTH, 5.2), squeeze=False)
+    for (by_digit, by_domain), (title, points) in zip(panels.T, embeddings.items()):
+        draw_digits(by_digit, points, digits)
+        draw_domains(by_domain, points, is_target, names)
+        by_digit.set_title(title)
+    for axes, what in zip(panels[:, 0], ("by digit", "by domain")):
+        axes.set_ylabel(what)
+    for axes in panels[:, -1]:
         axes.legend(markerscale=3, handletextpad=0, loc="upper left", bbox_to_anchor=(1, 1))
     save(path, figure)

@@ -1,6 +1,7 @@
 """Looks at the features: how well do digits keep apart and domains mix?
 
     python3 p3_dann/features.py MODEL FIGURE.png     # MODEL: a model.pt of train.py or a file of p3_dann/checkpoints
+    python3 p3_dann/features.py MODEL FIGURE.png --before SOURCE_ONLY     # beside the network before adaptation
 
 Draws the t-SNE embedding of validation images of source and target twice, coloured by digit and by domain, and gives
 the proxy A-distance of the features: 2 where a linear classifier tells the domains apart, 0 where it has to guess.
@@ -33,7 +34,7 @@ def extract_features(model, images, own_statistics):
     """The extractor's output (N, num_features), float64, for uint8 `images` (N, 3, 28, 28).
 
     own_statistics: normalise by these images' statistics, as in DANN's training, where each domain has its own;
-    otherwise by the ones that the model predicts with.
+    otherwise by the ones that the model predicts with, as in AdaMatch's, where the domains share them.
     """
     if own_statistics:
         model = copy.deepcopy(model)
@@ -63,6 +64,12 @@ def embed(source_features, target_features, seed=0):
     return TSNE(init="pca", learning_rate="auto", perplexity=perplexity, random_state=seed).fit_transform(features)
 
 
+def has_own_statistics(recipe):
+    """Whether the network of `recipe` was trained on two domains, each normalised by its own statistics."""
+    method = METHODS[recipe["method"]]
+    return bool(method.unlabelled) and not method.two_views
+
+
 def sample_features(model, data_dir, domains, own_statistics, count=1000, seed=0):
     """([features of each domain], [digits of each domain]) of `count` validation images of each of two domains.
 
@@ -78,30 +85,40 @@ def sample_features(model, data_dir, domains, own_statistics, count=1000, seed=0
     return features, digits
 
 
-def picture(path, model, recipe, data_dir, source, target, count=1000, seed=0):
-    """Draws `count` validation images of each domain into the file `path`; returns the proxy A-distance."""
-    own_statistics = bool(METHODS[recipe["method"]].unlabelled)  # the network was trained on both domains
-    features, digits = sample_features(model, data_dir, (source, target), own_statistics, count, seed)
-    is_target = np.repeat([False, True], [len(f) for f in features])
-    plots.tsne_pictures(path, embed(*features, seed), np.concatenate(digits), is_target,
+def picture(path, networks, data_dir, source, target, count=1000, seed=0):
+    """Draws `count` validation images of each domain into the file `path`, as each of `networks` sees them.
+
+    networks: {title: (model, recipe)}. Returns their proxy A-distances, {title: distance}.
+    """
+    embeddings, distances = {}, {}
+    for title, (model, recipe) in networks.items():
+        features, digits = sample_features(model, data_dir, (source, target), has_own_statistics(recipe), count, seed)
+        distances[title] = proxy_a_distance(*features, seed)
+        embeddings[f"{title}: proxy A-distance {distances[title]:.2f}"] = embed(*features, seed)
+    is_target = np.repeat([False, True], [len(labels) for labels in digits])
+    plots.tsne_pictures(path, embeddings, np.concatenate(digits), is_target,
                         [DOMAIN_NAMES[domain] for domain in (source, target)])
-    return proxy_a_distance(*features, seed)
+    return distances
 
 
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("checkpoint", type=nonempty_path, help="the model")
     parser.add_argument("figure", type=nonempty_path, help="the PNG or SVG file to write")
+    parser.add_argument("--before", type=nonempty_path, help="a model to draw beside it, such as a source_only one")
     parser.add_argument("--source", choices=DOMAINS, help="first domain; the model's when not given")
     parser.add_argument("--target", choices=DOMAINS, help="second domain; the model's when not given")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the sample and the embedding")
     args = parser.parse_args()
+    networks = {"before adaptation": load_model(args.before)} if args.before else {}
     model, recipe = load_model(args.checkpoint)
+    networks[recipe["method"]] = model, recipe
     check_output_file(args.figure)
     source, target = args.source or recipe["source"], args.target or recipe["target"]
-    distance = picture(args.figure, model, recipe, args.data_dir, source, target, seed=args.seed)
-    print(f"proxy A-distance {distance:.2f}; wrote {args.figure}")
+    distances = picture(args.figure, networks, args.data_dir, source, target, seed=args.seed)
+    print(f"proxy A-distance: {', '.join(f'{title} {distance:.2f}' for title, distance in distances.items())}; "
+          f"wrote {args.figure}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Predicts the digit of every image in a folder and writes a CSV file, as the grading of problem 3 asks.
 
     bash hw2_3.sh TEST_DIR PRED_CSV                                     # 20,000 images: 14 s on 2 CPU cores
-    python3 p3_dann/inference.py TEST_DIR PRED_CSV --target usps        # when neither path nor images tell
+    bash hw2_3.sh TEST_DIR PRED_CSV --method adamatch                   # by AdaMatch, as hw3_p4.sh
+    python3 p3_dann/inference.py TEST_DIR usps PRED_CSV                 # when neither path nor images tell
     python3 p3_dann/inference.py TEST_DIR PRED_CSV --checkpoint MODEL   # with a model.pt of your own
 
-Which network answers depends on the domain of the images: the last component of TEST_DIR's path that names one
-(svhn, usps or mnistm, in any case), or else the images: grey ones are USPS, coloured ones SVHN. Coloured images are
-never USPS, whatever the path says; where the path names another domain and the images are grey, a warning says so.
+Which network answers depends on the method, the assignment and the domain of the images. Of the pairs of domains the
+assignment has one for each target: 2023's adapts MNIST-M to SVHN and to USPS, and 2020's (hw3_p3.sh by DANN, hw3_p4.sh
+by AdaMatch) USPS to MNIST-M, MNIST-M to SVHN and SVHN to USPS. The domain is what TARGET or --target says, or else the
+last component of TEST_DIR's path that names one (svhn, usps or mnistm, in any case), or else what the images show: grey
+ones are USPS, coloured ones SVHN. Coloured images are never USPS, whatever the path says; where the path names another
+domain and the images are grey, a warning says so.
 
 A prediction averages over three views of the image. Every image file gets one answer; one that cannot be read gets
 the commonest answer of the others and a warning.
@@ -22,30 +26,50 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, int_at_least, nonempty_path, pick_device, run
+from utils import UserError, argument_parser, int_at_least, nonempty_path, pick_device, run
 
 import torch
 
 from dataset import DOMAINS, list_images, read_images
 from files import check_output_file, write_atomic
-from p3_dann.methods import PAIRS, predicted_domain, run_name
+from p3_dann.methods import PAIRS, PAIRS_2020, predicted_domain, run_name
 from p3_dann.model import load_model
 from p3_dann.prediction import predict
 
-# {domain: the network that answers for it}; the one for mnistm has learned it with labels.
-CHECKPOINTS = {target: ROOT / f"p3_dann/checkpoints/{run_name('dann', source, target)}.pt" for source, target in PAIRS}
-CHECKPOINTS["mnistm"] = ROOT / f"p3_dann/checkpoints/{run_name('source_only', *PAIRS[0])}.pt"
+ASSIGNMENTS = {"2023": PAIRS, "2020": PAIRS_2020}
+METHODS = ("dann", "adamatch")
+# {(assignment, method, domain): the name of the network that answers}; 2023's for mnistm has learned it with labels.
+NETWORKS = {(assignment, method, target): run_name(method, source, target) for assignment, pairs in ASSIGNMENTS.items()
+            for method in METHODS for source, target in pairs}
+NETWORKS |= {("2023", method, "mnistm"): run_name("source_only", *PAIRS[0]) for method in METHODS}
+CHECKPOINTS = ROOT / "p3_dann/checkpoints"
 
 
 def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("test_dir", type=nonempty_path, help="folder of images")
+    parser.add_argument("domain", nargs="?", choices=DOMAINS, metavar="target", help="what the images are, as --target")
     parser.add_argument("pred_csv", type=nonempty_path, help="the CSV file to write: image_name,label")
     parser.add_argument("--target", choices=["auto", *DOMAINS], default="auto", help="what the images are")
+    parser.add_argument("--method", choices=METHODS, default="dann", help="how the network has learned")
+    parser.add_argument("--assignment", choices=ASSIGNMENTS, default="2023", help="whose pairs of domains")
     parser.add_argument("--checkpoint", type=nonempty_path, help="a model.pt of train.py, whatever the target")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--batch_size", type=int_at_least(1), default=100, help="images at once; changes no answer")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.target = args.domain or args.target
+    return args
+
+
+def find_checkpoint(assignment, method, target):
+    """The shipped network's file; UserError that says how to train it where there is none."""
+    name = NETWORKS[assignment, method, target]
+    if not (CHECKPOINTS / f"{name}.pt").exists():
+        source, _, _ = name.partition("_")
+        raise UserError(f"there is no {CHECKPOINTS / name}.pt, for its training is not done: run 'python3 "
+                        f"p3_dann/train.py --source {source} --target {target} --method {method}' and name its "
+                        "model.pt with --checkpoint")
+    return CHECKPOINTS / f"{name}.pt"
 
 
 def target_from_path(path):
@@ -114,13 +138,15 @@ def main():
     check_output_file(args.pred_csv)
     if args.checkpoint:
         load_model(args.checkpoint)  # a mistake is told before the images are read
+    elif args.target != "auto":
+        find_checkpoint(args.assignment, args.method, args.target)
     images, readable = read([args.test_dir / name for name in names])
     if args.checkpoint:
         checkpoint, reason = args.checkpoint, "its network was asked for"
     else:
         auto = args.target == "auto"
         target, reason = find_target(args.test_dir, images[readable]) if auto else (args.target, "as asked")
-        checkpoint = CHECKPOINTS[target]
+        checkpoint = find_checkpoint(args.assignment, args.method, target)
     model, recipe = load_model(checkpoint, device)
     print(f"{len(names)} images, taken to be {predicted_domain(recipe)} ({reason}); network {checkpoint}")
 

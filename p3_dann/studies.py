@@ -1,15 +1,20 @@
-"""Every training behind the tables of problem 3, and the tables.
+"""Every training behind the tables of problem 3, the tables, and the choice of what is shipped.
 
-    python3 p3_dann/studies.py --jobs 2               # 15 trainings, then the table: means of 3 seeds
-    python3 p3_dann/studies.py --tables lambda        # DANN with a weak adversary, 3 seeds
-    python3 p3_dann/studies.py --tables ablation      # what each part of DANN gives: MNIST-M -> SVHN, one seed
+    python3 p3_dann/studies.py --jobs 2               # all methods on 2023's pairs, 3 seeds: 15 trainings
+    python3 p3_dann/studies.py --tables pairs         # the other pairs and AdaMatch
+    python3 p3_dann/studies.py --tables choice        # each method's other settings, between which the rule picks
+    python3 p3_dann/studies.py --tables ablation adamatch_ablation       # what each part gives, one seed
+    python3 p3_dann/studies.py --tables long          # the other methods with as many steps as AdaMatch
+    python3 p3_dann/studies.py --tables pairs --runs 'mnistm_svhn_adamatch_s*'     # some of a table's trainings
 
-The first takes 45 minutes on 2 CPU cores. A training that is in --output_dir already is not repeated, an interrupted
-one goes on. Writes --output_dir/results.csv. With --publish, its rows replace those of the same trainings in
-p3_dann/checkpoints/results.csv, and the networks of seed 0, each with its record, go to p3_dann/checkpoints, where
-inference.py looks for them: the seed was fixed before any was trained.
+A training by AdaMatch takes 45 minutes on 2 CPU cores, by another method 3 to 7. One that is in --output_dir already is
+not repeated, an interrupted one goes on. Writes --output_dir/results.csv. With --publish, its rows replace those of the
+same trainings in p3_dann/checkpoints/results.csv, and networks of seed 0, each with its record, go to
+p3_dann/checkpoints, where inference.py looks for them: the seed was fixed before any was trained. Which setting of a
+method is shipped for a pair, the rule of choice.py says, which knows no label of the target.
 """
 
+import fnmatch
 import itertools
 import json
 import os
@@ -27,7 +32,8 @@ import pandas as pd
 
 from dataset import load_split
 from files import make_output_dir, write_atomic
-from p3_dann.methods import METHODS, PAIRS, run_name
+from p3_dann import choice
+from p3_dann.methods import ALL_PAIRS, METHODS, PAIRS, run_name
 from p3_dann.model import load_model
 from p3_dann.prediction import accuracy, adapt_statistics
 
@@ -37,13 +43,21 @@ SEEDS = (0, 1, 2)
 def models():
     """{name in checkpoints/: settings}: each method between each pair, those that see one domain of it once."""
     named = {}
-    for source, target in PAIRS:
+    for source, target in ALL_PAIRS:
         for method in METHODS:
             named.setdefault(run_name(method, source, target), dict(source=source, target=target, method=method))
     return named
 
 
 MODELS = models()
+FIRST = [name for name, settings in MODELS.items() if settings["method"] != "adamatch"
+         and (settings["source"], settings["target"]) in PAIRS]  # 2023's assignment
+# {method: {ending of the run's name: what differs from train.py's defaults}}: what the rule may pick.
+CHOICE = {"dann": {"lambda_0.1": dict(lambda_max=0.1), "lambda_0.3": dict(lambda_max=0.3)},
+          "adamatch": {"threshold_0.7": dict(threshold=0.7), "half": dict(epochs=30)}}
+# As many steps and images as adamatch's source has, for the other methods: does the budget make the difference?
+LONG = {f"long_{name}": dict(settings, epochs=60, batch_size=64) for name, settings in MODELS.items()
+        if name in ("mnistm_svhn_dann", "mnistm_source_only", "svhn_target_only")}
 # {name: (what differs from DANN on SVHN, the settings that do it)}
 ABLATION = {
     "lambda_0": ("no adversary: lambda = 0", dict(lambda_max=0)),
@@ -53,19 +67,42 @@ ABLATION = {
     "no_intensity": ("no change of polarity, contrast and brightness", dict(without=["intensity"])),
     "no_sharpness": ("no blur and no sharpening", dict(without=["sharpness"])),
 }
+# {ending of the run's name: (what adamatch does without, the settings that do it)}; on each of these pairs.
+ADAMATCH_ABLATION = {
+    "no_target": ("no target loss: the source alone, in shared statistics", dict(leave_out=["target"])),
+    "no_interpolation": ("no second pass, no interpolation of logits", dict(leave_out=["interpolation"])),
+    "no_alignment": ("no distribution alignment", dict(leave_out=["alignment"])),
+    "absolute": ("an absolute threshold of 0.9", dict(leave_out=["relative"])),
+    "no_ramp": ("the target's loss from the first step on", dict(leave_out=["ramp"])),
+    "no_strong": ("no solarize, posterize and cutout", dict(without=["solarize", "posterize", "cutout"])),
+}
+ADAMATCH_ABLATION_PAIRS = (("mnistm", "svhn"), ("usps", "mnistm"))
+
+
+def with_seeds(settings_of):
+    """{folder: settings} of three seeds for {experiment: settings}."""
+    return {f"{name}_s{seed}": dict(settings, seed=seed) for seed in SEEDS for name, settings in settings_of.items()}
+
+
 # {table: {folder: settings}}: the trainings that it needs.
 TABLES = {
-    "main": {f"{name}_s{seed}": dict(settings, seed=seed) for seed in SEEDS for name, settings in MODELS.items()},
-    "lambda": {f"lambda_0.1_{target}_s{seed}": dict(MODELS[run_name("dann", source, target)], lambda_max=0.1, seed=seed)
-               for seed in SEEDS for source, target in PAIRS},
-    "ablation": {f"ablation_{name}": dict(MODELS[run_name("dann", "mnistm", "svhn")], **settings)
+    "main": with_seeds({name: MODELS[name] for name in FIRST}),
+    "pairs": with_seeds({name: settings for name, settings in MODELS.items() if name not in FIRST}),
+    "choice": with_seeds({f"{name}_{ending}": dict(settings, **changes) for name, settings in MODELS.items()
+                          for ending, changes in CHOICE.get(settings["method"], {}).items()}),
+    "long": with_seeds(LONG),
+    "ablation": {f"ablation_{name}": dict(MODELS["mnistm_svhn_dann"], **settings)
                  for name, (_, settings) in ABLATION.items()},
+    "adamatch_ablation": {f"ablation_{name}_{ending}": dict(MODELS[name], **settings)
+                          for name in (run_name("adamatch", *pair) for pair in ADAMATCH_ABLATION_PAIRS)
+                          for ending, (_, settings) in ADAMATCH_ABLATION.items()},
 }
 
 
 def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=["main"], help="what to train")
+    parser.add_argument("--runs", default="*", help="only the trainings of that name, in which * stands for anything")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p3_dann/output/studies",
                         help="where the trainings go, a folder each")
@@ -100,7 +137,7 @@ def results(output_dir, data_dir):
 
     accuracy: as inference.py predicts, averaged over views; one_view: without that. A network that has seen no target
     answers for each target, and twice: as trained, and with the normalisation statistics of the unlabelled target
-    (statistics = target), as dann's networks have them.
+    (statistics = target), as dann's networks have them. The rest: see choice.label_free_scores.
     """
     rows = []
     for folder in sorted(path.parent for path in output_dir.glob("*/model.pt")):
@@ -109,7 +146,7 @@ def results(output_dir, data_dir):
         method, cases = METHODS[recipe["method"]], [("target", recipe["target"])]
         adapt = "target" not in method.domains
         if adapt:
-            targets = [target for source, target in PAIRS if source == recipe["source"]]
+            targets = [target for source, target in ALL_PAIRS if source == recipe["source"]]
             cases = list(itertools.product(("source", "target"), targets))
         for statistics, target in cases:
             if adapt and statistics == "target":
@@ -119,7 +156,8 @@ def results(output_dir, data_dir):
                              statistics=statistics, seed=recipe["seed"],
                              accuracy=round(accuracy(model, images, labels), 2),
                              one_view=round(accuracy(model, images, labels, average=False), 2),
-                             minutes=round(seconds / 60, 1)))
+                             minutes=round(seconds / 60, 1),
+                             **choice.label_free_scores(model, recipe, target, data_dir)))
     return pd.DataFrame(rows)
 
 
@@ -131,18 +169,27 @@ def means(table):
     return table.groupby(["experiment", "target", "statistics"]).agg(**columns).round(2).reset_index()
 
 
+def shipped(table):
+    """{name in checkpoints/: experiment}: of each of MODELS the setting that the rule picks, or the default one where
+    not every candidate has been scored."""
+    chosen = {name: name for name in MODELS}
+    for name, rows in choice.candidates(table).items():
+        if set(rows.experiment) == {name, *(f"{name}_{ending}" for ending in CHOICE[MODELS[name]["method"]])}:
+            chosen[name] = choice.pick(rows)
+    return chosen
+
+
 def publish(output_dir, table, checkpoints):
-    """Replaces in the folder `checkpoints` the rows and networks of what `output_dir` holds."""
-    results, files = checkpoints / "results.csv", {}
-    for name in MODELS:
-        folder = output_dir / f"{name}_s0"
-        if (folder / "model.pt").exists():
-            files |= {f"{name}.pt": folder / "model.pt", f"{name}.jsonl": folder / "metrics.jsonl"}
-    for name, path in files.items():
-        write_atomic(checkpoints / name, path.read_bytes())
+    """Replaces in the folder `checkpoints` the rows of what `output_dir` holds, and the networks that are shipped."""
+    results = checkpoints / "results.csv"
     if results.exists():
         old = pd.read_csv(results)
         table = pd.concat([old[~old.run.isin(table.run)], table]).sort_values(["run", "target", "statistics"])
+    for name, experiment in shipped(table).items():
+        folder = output_dir / f"{experiment}_s0"
+        if (folder / "model.pt").exists():
+            for ours, theirs in (f"{name}.pt", "model.pt"), (f"{name}.jsonl", "metrics.jsonl"):
+                write_atomic(checkpoints / ours, (folder / theirs).read_bytes())
     write_atomic(results, table.to_csv(index=False).encode())
     print(f"wrote {checkpoints}; now run: bash hw2_download.sh --update")
 
@@ -151,12 +198,19 @@ def main():
     args = parse_args()
     make_output_dir(args.output_dir)
     load_split(args.data_dir, PAIRS[0][0], "val")  # a missing data set is reported before anything starts
-    trainings = {folder: settings for table in args.tables for folder, settings in TABLES[table].items()}
+    trainings = {folder: settings for table in args.tables for folder, settings in TABLES[table].items()
+                 if fnmatch.fnmatchcase(folder, args.runs)}
+    if not trainings:
+        raise UserError(f"no training of {' and '.join(args.tables)} is called {args.runs}; see TABLES")
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda one: train(args.output_dir / one[0], one[1], args.data_dir, args.jobs), trainings.items()))
     table = results(args.output_dir, args.data_dir)
     write_atomic(args.output_dir / "results.csv", table.to_csv(index=False).encode())
     print(table.to_string(index=False), means(table).to_string(index=False), sep="\n\n")
+    candidates = choice.candidates(table)
+    print("\nHow well each score orders the settings of a method on a pair, mean rank correlation with the accuracy:",
+          ", ".join(f"{name} {value:.2f}" for name, value in choice.rank_correlations(candidates).items()))
+    print(f"Picked by {choice.RULE}:", ", ".join(choice.pick(rows) for rows in candidates.values()) or "nothing")
     if args.publish:
         publish(args.output_dir, table, ROOT / "p3_dann/checkpoints")
 

@@ -38,7 +38,7 @@ import training
 from dataset import DOMAINS
 from p3_dann.augment import PARTS
 from p3_dann.batches import draw_batch, load_training_images
-from p3_dann.methods import METHODS, Objective, predicted_domain, run_name
+from p3_dann.methods import ADAMATCH_PARTS, METHODS, Objective, predicted_domain, run_name
 from p3_dann.model import Dann
 from p3_dann.prediction import adapt_statistics, validation_accuracy
 
@@ -60,6 +60,7 @@ def parse_args():
                         help="adamatch counts a target image above this share of the mean confidence on the source")
     parser.add_argument("--without", nargs="+", choices=PARTS, default=[],
                         help="parts of the augmentation to leave out, to see what they give")
+    parser.add_argument("--leave_out", nargs="+", choices=ADAMATCH_PARTS, default=[], help="the same of adamatch")
     parser.set_defaults(**METHODS[parser.parse_args().method].defaults)
     args = parser.parse_args()
     name = f"{run_name(args.method, args.source, args.target)}_s{args.seed}"

@@ -127,7 +127,7 @@ def training_figure(path, metrics):
 
 def ablation(results):
     """Rows (what differs from DANN on SVHN, accuracy, accuracy with one view) of seed 0; empty until all are there."""
-    names = {"nothing": "mnistm_svhn_dann_s0", "lambda = 0.1": "lambda_0.1_svhn_s0",
+    names = {"nothing": "mnistm_svhn_dann_s0", "lambda = 0.1": "mnistm_svhn_dann_lambda_0.1_s0",
              **{what: f"ablation_{name}" for name, (what, _) in ABLATION.items()}}
     runs = results.set_index("run")
     if not set(names.values()) <= set(runs.index):
