@@ -66,13 +66,13 @@ def candidates(table):
     """{run_name: table of its settings} for each method and pair in the table of results: a row for each experiment
     with the mean accuracy and scores over its seeds."""
     table = table.reindex(columns=table.columns.union(SCORES, sort=False)).dropna(subset=[RULE])
-    experiments, found = table.run.str.replace(r"_s\d+$", "", regex=True), {}
+    found = {}
     for key, rows in table.groupby(["method", "source", "target"]):
         name = run_name(*key)
         rows = rows[rows.run.str.startswith(name)]
         if METHODS[key[0]].unlabelled and len(rows):
-            means = rows.groupby(experiments)[["accuracy", *SCORES]].mean()
-            found[name] = means.rename_axis("experiment").reset_index()
+            experiments = rows.run.str.replace(r"_s\d+$", "", regex=True).rename("experiment")
+            found[name] = rows.groupby(experiments)[["accuracy", *SCORES]].mean().reset_index()
     return found
 
 
@@ -82,7 +82,7 @@ def pick(rows):
 
 
 def rank_correlations(candidates):
-    """{score: mean over `candidates`, see there, of Spearman's correlation with the accuracy}; of three settings on."""
+    """{score: mean over `candidates` of three settings or more of Spearman's correlation with the accuracy}."""
     several = [rows for rows in candidates.values() if len(rows) > 2]
-    return {name: sum(rows[name].rank().corr(rows.accuracy.rank()) for rows in several) / max(1, len(several))
-            for name in SCORES}
+    return {name: sum(rows[name].rank().corr(rows.accuracy.rank()) for rows in several) / len(several)
+            for name in SCORES if several}

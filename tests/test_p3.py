@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torch import nn
 import training
 from dataset import load_split, read_images
 from files import save_checkpoint
-from p3_dann import augment, evaluate, features, inference, studies, train
+from p3_dann import augment, choice, evaluate, features, inference, methods, studies, train
 from p3_dann.batches import Batch, draw_batch, load_training_images
 from p3_dann.methods import METHODS, Objective, lambda_schedule, predicted_domain, run_name
 from p3_dann.model import Dann, GradientReversal, load_model
@@ -55,7 +56,7 @@ def close(a, b, rtol=1e-4):
 @pytest.fixture
 def tiny_network(monkeypatch):
     """Makes training use a network that is quick to train, and epochs of two steps."""
-    monkeypatch.setattr(train, "Dann", lambda: Dann(**TINY))
+    monkeypatch.setattr(train, "Dann", lambda **network: Dann(**TINY, **network))
     monkeypatch.setattr(train, "STEPS_PER_EPOCH", 2)
 
 
@@ -91,13 +92,13 @@ def test_every_method_learns(name, data_dir, single_process):
     seed_all(0)
     images, labels = load_training_images(data_dir, method, DOMAINS)
     assert list(images) == [DOMAINS[role] for role in method.domains] and len(labels) == 40
-    batch = draw_batch(images, labels, 16)
+    batch = draw_batch(images, labels, 16, two_views=method.two_views)
     assert len(batch.unlabelled) == len(method.unlabelled)
-    assert all(view.shape == (16, 1, 28, 28) for view in (batch.images, *batch.unlabelled))
-    model = Dann(**TINY, dropout=0.0)
+    assert len(batch.strong) == (len(method.domains) if method.two_views else 0)
+    assert all(view.shape == (16, 1, 28, 28) for view in (batch.images, *batch.unlabelled, *batch.strong))
+    model = Dann(**TINY, **(method.network | dict(dropout=0.0)))
     before = {name: value.clone() for name, value in model.named_parameters()}
-    objective = nn.parallel.DistributedDataParallel(Objective(model, method, dict.fromkeys(method.flags, 1.0)),
-                                                    static_graph=True)
+    objective = nn.parallel.DistributedDataParallel(Objective(model, method, {}), static_graph=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
     for step in range(15):
@@ -109,15 +110,15 @@ def test_every_method_learns(name, data_dir, single_process):
     assert losses[-1] < 0.8 * losses[0]
     assert all(value.shape == () and value.isfinite() and not value.requires_grad for value in metrics.values())
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    unused = set() if method.unlabelled else {name for name in before if name.startswith("discriminator")}
+    unused = set() if name == "dann" else {name for name in before if name.startswith("discriminator")}
     assert changed == before.keys() - unused
 
 
 def test_names_follow_from_what_a_method_sees():
-    assert [run_name(name, "usps", "svhn") for name in ("source_only", "dann", "target_only")] == [
-        "usps_source_only", "usps_svhn_dann", "svhn_target_only"]
-    assert [predicted_domain(dict(method=name, **DOMAINS)) for name in ("source_only", "dann", "target_only")] == [
-        "mnistm", "svhn", "svhn"]
+    assert [run_name(name, "usps", "svhn") for name in METHODS] == [
+        "usps_source_only", "svhn_target_only", "usps_svhn_dann", "usps_svhn_adamatch"]
+    assert [predicted_domain(dict(method=name, **DOMAINS)) for name in METHODS] == ["mnistm", "svhn", "svhn", "svhn"]
+    assert len(methods.ALL_PAIRS) == len(set(methods.ALL_PAIRS)) == 6
 
 
 def test_gradient_reversal_negates_and_scales():
@@ -183,6 +184,110 @@ def test_dann_beats_source_only_on_a_shifted_domain(seed):
             optimizer.step()
         accuracy[name] = (model(target).argmax(dim=1) == target_labels).float().mean().item()
     assert accuracy["source_only"] < 0.7 and accuracy["dann"] > 0.9
+
+
+# --- AdaMatch's parts, by hand ------------------------------------------------------------------
+
+def test_adamatch_s_threshold_is_relative_to_the_source_s_confidence():
+    source = torch.tensor([[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]])
+    assert methods.relative_threshold(source, 0.9).item() == pytest.approx(0.9 * (0.5 + 0.7) / 2, rel=1e-6)
+
+
+def test_adamatch_aligns_the_target_s_classes_with_the_source_s():
+    """Where the source has a class twice as often as the target, its probability doubles, up to the sum."""
+    answers = torch.tensor([[0.5, 0.5], [0.2, 0.8]])
+    aligned = methods.align(answers, torch.tensor([0.6, 0.4]), torch.tensor([0.3, 0.7]))
+    expected = torch.tensor([[2.0 * 0.5, 4 / 7 * 0.5], [2.0 * 0.2, 4 / 7 * 0.8]])
+    assert close(aligned, expected / expected.sum(dim=1, keepdim=True), rtol=1e-6)
+
+
+def test_adamatch_s_running_distribution_follows_the_mean():
+    running = torch.tensor([0.5, 0.5])
+    for _ in range(2):
+        methods.follow(running, torch.tensor([[1.0, 0.0], [0.6, 0.4]]), decay=0.75)  # mean 0.8
+    assert close(running, torch.tensor([0.8 - 0.3 * 0.75 ** 2, 0.2 + 0.3 * 0.75 ** 2]), rtol=1e-6)
+
+
+def test_adamatch_interpolates_every_logit_at_its_own_place():
+    seed_all(0)
+    first, second = torch.zeros(300, 10), torch.ones(300, 10)
+    mixed = methods.interpolate(first, second)
+    assert mixed.min() >= 0 and mixed.max() <= 1 and len(mixed.unique()) > 2900
+    assert mixed.mean().item() == pytest.approx(0.5, abs=0.03)  # 5 standard errors of a uniform number's mean
+    seed_all(1)
+    place = torch.rand(2, 3)
+    seed_all(1)
+    a, b = torch.arange(6.0).view(2, 3), torch.tensor([[3.0, -1, 0], [7, 2, 5]])
+    assert close(methods.interpolate(a, b), place * a + (1 - place) * b, rtol=1e-6)
+
+
+def test_adamatch_s_ramp():
+    values = [methods.half_cosine_ramp(progress) for progress in (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)]
+    half = 2 ** -0.5
+    assert values == pytest.approx([0, (1 - half) / 2, 0.5, (1 + half) / 2, 1, 1, 1], abs=1e-12)
+
+
+def test_the_source_s_pass_leaves_the_running_statistics():
+    seed_all(0)
+    model = Dann(**TINY).train()
+    x, buffers = torch.randn(8, 1, 28, 28), {name: value.clone() for name, value in model.named_buffers()}
+    with methods.without_recording(model):
+        shifted = model.features(x + 1)
+    assert same_tensors(dict(model.named_buffers()), buffers)
+    model.features(x + 1)
+    assert not same_tensors(dict(model.named_buffers()), buffers)
+    with pytest.raises(ZeroDivisionError), methods.without_recording(model):
+        1 / 0
+    assert all(norm.track_running_stats for norm in model.modules() if hasattr(norm, "track_running_stats"))
+    assert close(shifted, model.features(x + 1))  # the batch's own statistics in both
+
+
+class Answers(nn.Module):
+    """A network of 3 classes whose logits are its inputs times a weight of 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("source_classes", torch.tensor([0.5, 0.25, 0.25]))
+        self.register_buffer("target_classes", torch.tensor([0.25, 0.5, 0.25]))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+def test_adamatch_s_loss_by_hand():
+    """Both of the source's passes agree here, so interpolation leaves them; log-probabilities serve as logits."""
+    def logits(*rows):
+        return torch.tensor(rows).log()
+
+    weak, strong = logits([0.8, 0.1, 0.1], [0.2, 0.6, 0.2]), logits([0.6, 0.2, 0.2], [0.1, 0.8, 0.1])
+    target = logits([0.50, 0.45, 0.05], [0.25, 0.40, 0.35])
+    target_strong = logits([0.3, 0.3, 0.4], [0.2, 0.5, 0.3])
+    batch, networks = Batch(weak, torch.tensor([0, 1]), [target], [strong, target_strong]), Answers()
+    loss, metrics = METHODS["adamatch"](networks, batch, progress=0.25)
+    source = torch.tensor([0.50, 0.25, 0.25]) * 0.99 + torch.tensor([0.5, 0.35, 0.15]) * 0.01
+    running = torch.tensor([0.25, 0.50, 0.25]) * 0.99 + torch.tensor([0.375, 0.425, 0.2]) * 0.01
+    assert close(networks.source_classes, source, 1e-5) and close(networks.target_classes, running, 1e-5)
+    # Aligned, about (1.0, 0.225, 0.05) / 1.275 and (0.5, 0.2, 0.35) / 1.05: digit 0 both times, sure at 0.78 alone, as
+    # the threshold is 0.9 (0.8 + 0.6) / 2 = 0.63. Without alignment the second would be a 1.
+    class_loss = -(np.log(0.8) + np.log(0.6)) / 2 - (np.log(0.6) + np.log(0.8)) / 2
+    target_loss = -np.log(0.3) / 2
+    assert loss.item() == pytest.approx(class_loss + 0.5 * target_loss, rel=1e-5)
+    assert metrics["counted"] == 0.5 and metrics["weight"] == 0.5 and metrics["accuracy"] == 1
+    assert metrics["target_loss"].item() == pytest.approx(target_loss, rel=1e-5)
+    loss.backward()
+    gradient = networks.weight.grad.clone()
+    for part, expected in (("target", class_loss), ("ramp", class_loss + target_loss), ("interpolation", loss.item()),
+                           ("relative", class_loss)):  # nothing is sure at 0.9
+        without, _ = METHODS["adamatch"](Answers(), batch, progress=0.25, leave_out=[part])
+        assert without.item() == pytest.approx(expected, rel=1e-5), part
+    without, _ = METHODS["adamatch"](Answers(), batch, progress=0.25, threshold=0.5, leave_out=["alignment"])
+    assert without.item() == pytest.approx(class_loss + 0.5 * -(np.log(0.3) + np.log(0.5)) / 2, rel=1e-5)
+    # The teacher's answers pass no gradient on: that of the loss is that of the labels, the first pseudo-label's among.
+    networks.weight.grad = None
+    classes = nn.functional.cross_entropy(networks(torch.cat([weak, strong])), torch.tensor([0, 1, 0, 1]))
+    (2 * classes + 0.5 * nn.functional.cross_entropy(networks(target_strong[:1]), torch.tensor([0])) / 2).backward()
+    assert close(networks.weight.grad, gradient)
 
 
 # --- The network's input and statistics ---------------------------------------------------------
@@ -278,24 +383,68 @@ def test_parts_of_the_augmentation_can_be_left_out():
 
 
 def test_augmentation_is_a_property_of_the_domain():
-    """A blot in the middle: MNIST-M's become larger than SVHN's, and have neighbours unless these are left out."""
+    """A blot in the middle: MNIST-M's become larger than SVHN's, and have neighbours unless these are left out; USPS',
+    which fill their frame, become smaller."""
     images = torch.zeros(200, 3, 28, 28, dtype=torch.uint8)
     images[:, :, 8:20, 8:20] = 255
-    still = ["sharpness", "intensity"]
+    still = ["sharpness", "intensity", "backgrounds"]
     area, edge = {}, {}
     for domain, without in (("mnistm", still), ("mnistm", [*still, "neighbours"]), ("svhn", still), ("usps", still)):
         seed_all(0)
         bright = augment.augment(images, domain, without) > 0
-        area[domain, len(without)] = bright.sum(dim=(1, 2, 3)).max().item()
+        area[domain, len(without)] = bright.flatten(1).sum(dim=1).float().quantile(torch.tensor([0.0, 1.0])).tolist()
         edge[domain, len(without)] = bright[..., :3].flatten(1).any(dim=1).float().mean().item()
-    assert area["mnistm", 3] > 1.4 * area["svhn", 2] and area["svhn", 2] == area["usps", 2]
-    assert edge["mnistm", 2] > 0.3 > edge["mnistm", 3] and edge["svhn", 2] < 0.1
+    assert area["mnistm", 4][1] > 1.4 * area["svhn", 3][1] and area["usps", 3][0] < 0.8 * area["svhn", 3][0]
+    assert edge["mnistm", 3] > 0.3 > edge["mnistm", 4] and edge["svhn", 3] < 0.1
+
+
+def test_backgrounds_are_painted_behind_half_of_usps():
+    """A background is the difference to the digit's colour, as MNIST-M's: under a black image it shows as it is."""
+    seed_all(0)
+    black = torch.zeros(400, 3, 28, 28, dtype=torch.uint8)
+    painted = augment.on_backgrounds(black)
+    assert painted.shape == (400, 1, 28, 28) and 0 <= painted.min() and painted.max() <= 255
+    assert painted.std(dim=(1, 2, 3)).median() > 10 and painted.std(dim=0).min() > 10
+    seed_all(0)
+    assert close(augment.on_backgrounds(255 - black), 255 - painted)
+    still = [part for part in augment.PARTS if part != "backgrounds"]
+    plain = augment.augment(black, "usps", still).flatten(1).abs().amax(dim=1) == 0
+    assert 0.4 < plain.float().mean() < 0.6
+    assert augment.augment(black, "usps", augment.PARTS).abs().max() == 0
+    assert augment.augment(black, "svhn", still).abs().max() == 0
+
+
+def test_the_strong_view_s_parts_by_hand(monkeypatch):
+    ramp = torch.arange(5.0).view(1, 1, 1, 5) * 10 + 100  # 100 ... 140
+    monkeypatch.setattr(augment, "uniform", lambda low, high, count, device: torch.full((count, 1, 1, 1), high / 2))
+    assert augment.solarize(ramp).flatten().tolist() == [100, 110, 120, 110, 100]  # level 120: the brighter inverted
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.full((1, 1, 1, 1), 2))
+    assert augment.posterize(ramp).flatten().tolist() == pytest.approx([100, 100, 120, 120, 140], rel=1e-3)
+    holes = augment.cutout(torch.ones(1, 1, 28, 28))  # half a side of 3.5 about 13.5
+    assert holes.sum() == 28 ** 2 - 8 ** 2 and holes[0, 0, 10:18, 10:18].sum() == 0
+
+
+def test_weak_views_stay_near_and_strong_ones_do_not():
+    seed_all(0)
+    images = torch.nn.functional.interpolate(random_images(60)[..., :7, :7].float(), scale_factor=4, mode="bilinear")
+    plain = augment.standardize(images)
+
+    def likeness(view):
+        return ((view * plain).mean(dim=(1, 2, 3)) / (view.std(dim=(1, 2, 3)) * plain.std(dim=(1, 2, 3)) + 1e-9)).abs()
+
+    weak = augment.weakly(images)
+    strong, usual = (augment.augment(images, "svhn", strong=strong) for strong in (True, False))
+    assert weak.shape == strong.shape == plain.shape
+    assert likeness(weak).mean() > likeness(usual).mean() > likeness(strong).mean()
+    signs = (weak * plain).mean(dim=(1, 2, 3)).sign()
+    assert 15 < (signs > 0).sum() < 45  # either polarity
 
 
 # --- Training -----------------------------------------------------------------------------------
 
-def test_target_labels_do_not_matter_to_dann(monkeypatch, tmp_path, data_dir, tiny_network):
-    expected = train_tiny(monkeypatch, data_dir, tmp_path / "plain")
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.unlabelled])
+def test_target_labels_do_not_matter(monkeypatch, tmp_path, data_dir, tiny_network, method):
+    expected = train_tiny(monkeypatch, data_dir, tmp_path / "plain", "--method", method)
     for variant in ("shuffled", "removed"):
         changed = tmp_path / f"{variant} data"
         shutil.copytree(data_dir, changed)
@@ -308,8 +457,9 @@ def test_target_labels_do_not_matter_to_dann(monkeypatch, tmp_path, data_dir, ti
                 write_csv(path, [header, *((name, label) for (name, _), label in zip(rows, labels))])
             else:
                 write_csv(path, [["image_name"], *([name] for name, _ in rows)])
-        assert same_tensors(train_tiny(monkeypatch, changed, tmp_path / variant), expected)
-    assert not same_tensors(train_tiny(monkeypatch, data_dir, tmp_path / "other", "--seed", 1), expected)
+        assert same_tensors(train_tiny(monkeypatch, changed, tmp_path / variant, "--method", method), expected)
+    assert not same_tensors(train_tiny(monkeypatch, data_dir, tmp_path / "other", "--method", method, "--seed", 1),
+                            expected)
 
 
 @pytest.mark.parametrize("method, domain", [("source_only", "mnistm"), ("target_only", "svhn")])
@@ -322,9 +472,9 @@ def test_a_method_of_one_domain_needs_no_other(monkeypatch, tmp_path, data_dir, 
     assert same_tensors(weights, train_tiny(monkeypatch, data_dir, tmp_path / "again", "--method", method))
 
 
-@pytest.mark.parametrize("when", ["second epoch", "end"])
-def test_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path, data_dir, tiny_network, when):
-    expected = train_tiny(monkeypatch, data_dir, tmp_path / "whole")
+@pytest.mark.parametrize("method, when", [("dann", "second epoch"), ("dann", "end"), ("adamatch", "second epoch")])
+def test_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path, data_dir, tiny_network, method, when):
+    expected = train_tiny(monkeypatch, data_dir, tmp_path / "whole", "--method", method)
     write_jsonl = training.write_jsonl
 
     def interrupt(path, rows):
@@ -334,17 +484,27 @@ def test_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path, dat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "write_jsonl", interrupt)
-        train_tiny(patch, data_dir, tmp_path / "parts")
+        train_tiny(patch, data_dir, tmp_path / "parts", "--method", method)
     assert not (tmp_path / "parts" / "model.pt").exists()
-    assert same_tensors(train_tiny(monkeypatch, data_dir, tmp_path / "parts", "--resume"), expected)
+    resumed = train_tiny(monkeypatch, data_dir, tmp_path / "parts", "--method", method, "--resume")
+    assert same_tensors(resumed, expected) and ("source_classes" in resumed) == (method == "adamatch")
     whole, parts = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
                     for name in ("whole", "parts"))
     for line in whole + parts:
         del line["seconds"], line["images_per_second"]
     assert parts == whole and [line["step"] for line in whole] == [2, 4]
-    assert {"loss", "accuracy", "domain_loss", "domain_accuracy", "lambda_", "confident"} <= whole[0].keys()
+    assert {"loss", "accuracy", "confident", *({"dann": ["domain_loss", "domain_accuracy", "lambda_"],
+            "adamatch": ["target_loss", "counted", "weight"]}[method])} <= whole[0].keys()
     _, recipe = load_model(tmp_path / "parts" / "model.pt")
-    assert (recipe["method"], recipe["source"], recipe["target"]) == ("dann", "mnistm", "svhn")
+    assert (recipe["method"], recipe["source"], recipe["target"]) == (method, "mnistm", "svhn")
+
+
+def test_a_method_s_defaults_can_be_overruled(monkeypatch):
+    for flags, expected in (([], (12, 128)), (["--method", "adamatch"], (60, 64)),
+                            (["--epochs", "7", "--method", "adamatch"], (7, 64))):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        args = train.parse_args()
+        assert (args.epochs, args.batch_size) == expected
 
 
 def test_mistakes_in_training_are_told(monkeypatch, tmp_path, data_dir, tiny_network):
@@ -378,15 +538,19 @@ def test_dry_run_of_two_processes_writes_nothing(tmp_path, data_dir, torchrun):
 
 def test_studies_are_what_the_checkpoints_folder_holds(monkeypatch):
     checkpoints = ROOT / "p3_dann/checkpoints"
-    for name, settings in studies.MODELS.items():
-        _, recipe = load_model(checkpoints / f"{name}.pt")
-        assert {key: recipe[key] for key in settings} == settings
-        last = json.loads((checkpoints / f"{name}.jsonl").read_text().splitlines()[-1])
-        assert last["step"] == 1200 and set(last["validation_accuracy"]) == {"mnistm", "svhn", "usps"}
     table = pd.read_csv(checkpoints / "results.csv")
-    assert set(table.run) == {folder for trainings in studies.TABLES.values() for folder in trainings}
-    assert set(table.method) == set(METHODS)
-    for settings in (settings for trainings in studies.TABLES.values() for settings in trainings.values()):
+    runs = {folder: settings for trainings in studies.TABLES.values() for folder, settings in trainings.items()}
+    assert len(runs) == sum(map(len, studies.TABLES.values())) and set(table.run) <= runs.keys()
+    shipped, names = studies.shipped(table), {path.stem for path in checkpoints.glob("*.pt")}
+    assert names == {path.stem for path in checkpoints.glob("*.jsonl")} <= studies.MODELS.keys()
+    assert set(studies.FIRST) <= names
+    for name in names:
+        settings = runs[f"{shipped[name]}_s0"]
+        _, recipe = load_model(checkpoints / f"{name}.pt")
+        assert {key: recipe[key] for key in settings} == settings and f"{shipped[name]}_s0" in set(table.run)
+        last = json.loads((checkpoints / f"{name}.jsonl").read_text().splitlines()[-1])
+        assert last["epoch"] == recipe["epochs"] and set(last["validation_accuracy"]) == {"mnistm", "svhn", "usps"}
+    for settings in runs.values():
         monkeypatch.setattr(sys, "argv", ["train.py", *studies.flags(settings)])
         assert settings.items() <= vars(train.parse_args()).items()
 
@@ -410,17 +574,20 @@ def test_studies_measure_and_publish_their_networks(monkeypatch, tmp_path, data_
     published = tmp_path / "p3_dann/checkpoints"
     published.mkdir(parents=True)
     some = {"main": ["mnistm_source_only_s0", *(f"mnistm_usps_dann_s{seed}" for seed in studies.SEEDS)],
-            "ablation": ["ablation_lambda_0"]}
+            "ablation": ["ablation_lambda_0"], "choice": ["mnistm_usps_dann_lambda_0.1_s0"]}
     tables = {table: {run: studies.TABLES[table][run] for run in runs} for table, runs in some.items()}
     monkeypatch.setattr(studies, "TABLES", tables)
     monkeypatch.setattr(studies, "train", train_nothing)
     monkeypatch.setattr(studies, "ROOT", tmp_path)
-    for table in ("ablation", "main", "main"):
+    for table in ("ablation", "main", "main", "choice"):
         call(monkeypatch, studies, "--publish", "--data_dir", data_dir, "--output_dir", tmp_path / table,
-             "--tables", table)
-    assert trained == [*tables["ablation"], *tables["main"]]
+             "--tables", table, "--runs", "*_[ls]*")
+    assert trained == [*tables["ablation"], *tables["main"], *tables["choice"]]
+    with pytest.raises(UserError, match="no training of main is called nothing"):
+        call(monkeypatch, studies, "--data_dir", data_dir, "--output_dir", tmp_path / "x", "--runs", "nothing")
     table = pd.read_csv(published / "results.csv")
     assert set(table.run) == set(trained) and set(table.minutes) == {1.2}
+    assert table[list(choice.SCORES)].notna().all(axis=None) and set(table.confident) == {0}
     lower = table[table.method == "source_only"]  # with its own statistics and each target's
     assert sorted(lower[["target", "statistics"]].values.tolist()) == [
         ["svhn", "source"], ["svhn", "target"], ["usps", "source"], ["usps", "target"]]
@@ -434,7 +601,7 @@ def test_studies_measure_and_publish_their_networks(monkeypatch, tmp_path, data_
         assert row.accuracy[statistics] == pytest.approx(100 * right, abs=0.01)
         adapt_statistics(model, read_images(sorted((digits / "data").iterdir())[:40]))  # the training images
     means = studies.means(table).set_index(["experiment", "target", "statistics"])
-    dann = table[table.run.str.startswith("mnistm_usps_dann")]
+    dann = table[table.run.str.startswith("mnistm_usps_dann_s")]
     assert means.seeds["mnistm_usps_dann", "usps", "target"] == 3
     assert means.loc["mnistm_usps_dann", "usps", "target"][["mean", "std"]].tolist() == pytest.approx(
         [dann.accuracy.mean(), dann.accuracy.std()], abs=0.01)
@@ -569,7 +736,9 @@ def test_target_from_images(tmp_path):
     ("mnistm", "L", "mnistm", "named by the path", "names mnistm, but the images are grey"),
 ])
 def test_the_target_picks_the_network(monkeypatch, tmp_path, capsys, checkpoint, folder, mode, target, reason, warning):
-    monkeypatch.setattr(inference, "CHECKPOINTS", {target: checkpoint})  # any other choice is a KeyError
+    name = {"svhn": "mnistm_svhn_dann", "usps": "mnistm_usps_dann", "mnistm": "mnistm_source_only"}[target]
+    monkeypatch.setattr(inference, "CHECKPOINTS", tmp_path)
+    shutil.copy(checkpoint, tmp_path / f"{name}.pt")  # any other choice is an error
     (tmp_path / folder).mkdir()
     for seed in range(3):
         save_image(tmp_path / folder / f"{seed}.png", seed, mode)
@@ -579,20 +748,139 @@ def test_the_target_picks_the_network(monkeypatch, tmp_path, capsys, checkpoint,
     assert f"({reason})" in out and warning in err and bool(warning) == ("--target" in err)
 
 
+@pytest.mark.parametrize("flags, name", [
+    (["svhn"], "mnistm_svhn_dann"), (["usps", "--method", "adamatch"], "mnistm_usps_adamatch"),
+    (["mnistm", "--method", "adamatch"], "mnistm_source_only"),
+    (["mnistm", "--assignment", "2020"], "usps_mnistm_dann"),
+    (["usps", "--assignment", "2020", "--method", "adamatch"], "svhn_usps_adamatch"),
+])
+def test_each_assignment_has_its_networks(monkeypatch, tmp_path, capsys, checkpoint, flags, name):
+    save_image(tmp_path / "a.png")
+    monkeypatch.setattr(inference, "CHECKPOINTS", tmp_path)
+    target, *flags = flags
+    for command in ([tmp_path, target, tmp_path / "pred.csv", *flags],
+                    [*flags, tmp_path, tmp_path / "pred.csv", "--target", target]):
+        with pytest.raises(UserError, match=f"there is no .*{name}.pt, .*--target {target} --method"):
+            call(monkeypatch, inference, *command)
+    shutil.copy(checkpoint, tmp_path / f"{name}.pt")
+    for command in ([tmp_path, target, tmp_path / "pred.csv", *flags],
+                    [*flags, tmp_path, tmp_path / "pred.csv", "--target", target]):
+        call(monkeypatch, inference, *command)
+        assert f"(as asked); network {tmp_path / name}.pt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the following arguments are required"), (["images"], "the following arguments are required"),
+    (["images", "svnh", "pred.csv"], "argument target: invalid choice: 'svnh'"),
+    (["images", "", "pred.csv"], "argument target: invalid choice: ''"), (["", "svhn", "pred.csv"], "path is empty"),
+    (["images", "svhn", ""], "path is empty"), (["images", "svhn", "pred.csv", "more"], "unrecognized arguments: more"),
+    (["nowhere", "svhn", "pred.csv"], "nowhere"), (["empty", "usps", "pred.csv"], "no images"),
+    (["images", "usps", "empty"], "is a folder"),
+])
+def test_mistakes_at_2020_s_doors_are_told(monkeypatch, tmp_path, capsys, checkpoint, arguments, message):
+    """What hw3_p3.sh and hw3_p4.sh hand on is in tests/test_wrappers.py; here what becomes of it."""
+    for name in ("images", "empty"):
+        (tmp_path / name).mkdir()
+    save_image(tmp_path / "images/a.png")
+    for target, name in (("svhn", "mnistm_svhn_adamatch"), ("usps", "svhn_usps_adamatch")):
+        shutil.copy(checkpoint, tmp_path / f"{name}.pt")
+    monkeypatch.setattr(inference, "CHECKPOINTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((UserError, SystemExit)) as error:
+        call(monkeypatch, inference, "--assignment", "2020", "--method", "adamatch", *arguments)
+    if isinstance(error.value, SystemExit):
+        assert error.value.code == 2
+    assert message in str(error.value) + capsys.readouterr().err and not (tmp_path / "pred.csv").exists()
+
+
+def test_2020_s_doors_answer_every_image(tmp_path, checkpoint):
+    (tmp_path / "test dir").mkdir()
+    for seed in range(3):
+        save_image(tmp_path / f"test dir/{seed}.png", seed)
+    (tmp_path / "test dir/broken.png").write_bytes(b"no image")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    doors = [subprocess.Popen(["bash", ROOT / f"assignments/dlcv2020_hw3/hw3_p{problem}.sh", "test dir", "mnistm",
+                               f"new/{problem}.csv", "--checkpoint", checkpoint], cwd=tmp_path, env=environment,
+                              stderr=subprocess.PIPE, text=True) for problem in (3, 4)]
+    for problem, door in zip((3, 4), doors):
+        _, error = door.communicate(timeout=300)
+        assert door.returncode == 0 and "broken.png" in error and "Traceback" not in error, error
+        header, *rows = read_rows(tmp_path / f"new/{problem}.csv")
+        assert header == ["image_name", "label"] and [name for name, _ in rows] == sorted(
+            path.name for path in (tmp_path / "test dir").iterdir())
+
+
 def test_committed_checkpoints():
     """They are small, made for what inference.py takes them for, and read scikit-learn's digits, another domain."""
-    paths = list((ROOT / "p3_dann/checkpoints").glob("*.pt"))
-    assert sum(path.stat().st_size for path in paths) <= 15e6
-    for target, path in inference.CHECKPOINTS.items():
-        assert path in paths
-        model, recipe = load_model(path)
-        assert recipe["source"] == "mnistm" and predicted_domain(recipe) == target
+    paths = {path.stem: path for path in (ROOT / "p3_dann/checkpoints").glob("*.pt")}
+    assert max(path.stat().st_size for path in paths.values()) <= 2e6
+    assert {inference.NETWORKS["2023", "dann", target] for target in ("mnistm", "svhn", "usps")} <= paths.keys()
+    for (_, method, target), name in inference.NETWORKS.items():
+        if name not in paths:  # its training is not done
+            continue
+        model, recipe = load_model(paths[name])
+        assert recipe["method"] in (method, "source_only") and predicted_domain(recipe) == target
+        assert name.split("_")[0] == recipe["source"]
         digits = load_digits()
         images = np.zeros((200, 28, 28), np.uint8)
         for image, digit in zip(images, digits.images):
             image[4:24, 4:24] = Image.fromarray((digit * 15.9).astype(np.uint8)).resize((20, 20), Image.BICUBIC)
         answers = predict(model, torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1)).argmax(dim=1)
         assert (answers.numpy() == digits.target[:200]).mean() > 0.8
+
+
+# --- Choice without labels ----------------------------------------------------------------------
+
+def test_scores_by_hand():
+    sure, even, wrong = torch.eye(2)[[0, 1]], torch.full((2, 2), 0.5), torch.eye(2)[[0, 0]]
+    assert [choice.infomax(answers) for answers in (sure, even, wrong)] == pytest.approx([np.log(2), 0, 0], abs=1e-6)
+    mixed = torch.tensor([[0.95, 0.05], [0.6, 0.4], [0.02, 0.98], [0.9, 0.1]])
+    assert choice.confident(mixed, level=0.9) == 0.5
+    # Two answers each of two classes: each has one neighbour, at a similarity that outweighs the others' by e^20.
+    assert choice.neighbourhood_density(sure.repeat(2, 1)) == pytest.approx(0, abs=1e-6)
+    assert choice.neighbourhood_density(even.repeat(2, 1)) == pytest.approx(np.log(3), rel=1e-6)
+    a, b, c = torch.tensor([1.0, 0]), torch.tensor([1.0, 1]) / 2, torch.tensor([0.0, 1])
+    weights = np.exp(np.array([2 ** -0.5, 0]) / 0.5)  # of a to b and c; b lies between them
+    weights /= weights.sum()
+    expected = (-2 * (weights * np.log(weights)).sum() + np.log(2)) / 3
+    assert choice.neighbourhood_density(torch.stack([a, b, c]), temperature=0.5) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_rule_picks_by_the_mean_score_of_a_pair_s_settings():
+    rows = [dict(run=f"{name}_s{seed}", method="dann", source="mnistm", target="usps", accuracy=accuracy, infomax=score,
+                 density=-score, confident=accuracy, source_validation=accuracy)
+            for name, scores, accuracy in (("mnistm_usps_dann", (1.0, 1.2), 96),
+                                           ("mnistm_usps_dann_lambda_0.1", (1.3, 1.1), 97),
+                                           ("mnistm_usps_dann_lambda_0.3", (1.0, 1.3), 98))
+            for seed, score in enumerate(scores)]
+    others = [dict(rows[0], run="ablation_lambda_0", infomax=9),
+              dict(rows[0], run="long_mnistm_usps_dann_s0", infomax=9),
+              dict(rows[0], run="mnistm_source_only_s0", method="source_only", infomax=9),
+              dict(rows[0], run="mnistm_svhn_dann_s0", target="svhn", infomax=np.nan)]
+    table = pd.DataFrame(rows + others)
+    candidates = choice.candidates(table)
+    assert list(candidates) == ["mnistm_usps_dann"] and len(candidates["mnistm_usps_dann"]) == 3
+    assert choice.pick(candidates["mnistm_usps_dann"]) == "mnistm_usps_dann_lambda_0.1"
+    correlations = choice.rank_correlations(candidates)  # accuracies' ranks 1 2 3, the score's 1 3 2
+    assert correlations == pytest.approx(dict(infomax=0.5, density=-0.5, confident=1, source_validation=1))
+    assert studies.shipped(table)["mnistm_usps_dann"] == "mnistm_usps_dann_lambda_0.1"
+    some = table[table.run != "mnistm_usps_dann_lambda_0.3_s0"]
+    assert studies.shipped(some[some.run != "mnistm_usps_dann_lambda_0.3_s1"])["mnistm_usps_dann"] == "mnistm_usps_dann"
+    assert choice.candidates(table.drop(columns=list(choice.SCORES))) == {}
+
+
+def test_label_free_scores_need_no_target_label(tmp_path, data_dir, checkpoint):
+    model, recipe = load_model(checkpoint)
+    scores = choice.label_free_scores(model, recipe, "svhn", data_dir)
+    assert set(scores) == set(choice.SCORES) and all(np.isfinite(list(scores.values())))
+    blind = tmp_path / "data"
+    shutil.copytree(data_dir, blind)
+    for split in ("train", "val"):
+        path = blind / f"digits/svhn/{split}.csv"
+        pd.read_csv(path).image_name.to_csv(path, index=False)
+    assert choice.label_free_scores(model, recipe, "svhn", blind) == scores
+    lonely = choice.label_free_scores(model, dict(recipe, method="target_only"), "svhn", data_dir)
+    assert "source_validation" not in lonely
 
 
 # --- Evaluation and features --------------------------------------------------------------------
@@ -622,7 +910,16 @@ def test_proxy_a_distance():
     assert features.proxy_a_distance(points[:400], points[400:]) < 0.3
 
 
-def test_picture(monkeypatch, tmp_path, data_dir, checkpoint):
-    call(monkeypatch, features, checkpoint, tmp_path / "new" / "figure.png", "--data_dir", data_dir, "--target", "usps")
-    with Image.open(tmp_path / "new" / "figure.png") as image:
-        assert image.width > image.height > 300
+def test_picture(monkeypatch, tmp_path, capsys, data_dir, checkpoint):
+    for flags in [], ["--before", checkpoint]:
+        call(monkeypatch, features, checkpoint, tmp_path / "new" / "figure.png", "--data_dir", data_dir,
+             "--target", "usps", *flags)
+        with Image.open(tmp_path / "new" / "figure.png") as image:
+            assert min(image.size) > 300
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"proxy A-distance: dann [\d.]+; wrote .*", said[0])
+    assert re.fullmatch(r"proxy A-distance: before adaptation ([\d.]+), dann \1; wrote .*", said[1])
+
+
+def test_domains_share_adamatch_s_statistics_and_have_their_own_in_dann():
+    assert [features.has_own_statistics(dict(method=name)) for name in METHODS] == [False, False, True, False]

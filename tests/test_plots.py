@@ -67,10 +67,12 @@ def test_an_svg_grid_holds_the_images_pixel_by_pixel(tmp_path):
 def test_tsne_pictures_show_every_point_once_in_each(tmp_path):
     rng = np.random.default_rng(0)
     points, digits, is_target = rng.normal(size=(30, 2)), np.arange(30) % 10, np.arange(30) >= 20
-    plots.tsne_pictures(tmp_path / "tsne.svg", points, digits, is_target, ("MNIST-M", "SVHN"))
+    plots.tsne_pictures(tmp_path / "tsne.svg", {"before": points, "after": points + 1}, digits, is_target,
+                        ("MNIST-M", "SVHN"))
     text = (tmp_path / "tsne.svg").read_text()
-    assert all(f">{name}</text>" in text for name in ("MNIST-M", "SVHN", "by digit", "by domain", *map(str, range(10))))
+    assert all(f">{name}</text>" in text for name in ("before", "after", "MNIST-M", "SVHN", "by digit",
+                                                    "by domain", *map(str, range(10))))
     uses = re.findall(r"<use [^>]*?fill: (#\w+)", text)
-    for colour, count in (plots.ORANGE, 3 + 10 + 2), (plots.BLUE, 3 + 20 + 2):  # points of each picture, legends
+    for colour, count in (plots.ORANGE, 2 * 13 + 2), (plots.BLUE, 2 * 23 + 2):  # points of each picture, legends
         assert uses.count(colour) == count
     assert len(set(plots.PALETTE)) == 10
