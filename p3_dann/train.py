@@ -1,17 +1,19 @@
 """Trains a network of problem 3 by DANN (Ganin et al., JMLR 2016) or one of the methods beside it, see methods.py.
 
     python3 p3_dann/train.py --target svhn --method dann         # MNIST-M -> SVHN: 80 to 82 %, 4 minutes on 2 CPU cores
-    python3 p3_dann/train.py --target usps --method dann         # MNIST-M -> USPS: 98 %
+    python3 p3_dann/train.py --target svhn --method adamatch     # by pseudo-labels (Berthelot et al., ICLR 2022)
+    python3 p3_dann/train.py --source svhn --target usps         # any two of mnistm, svhn and usps
     python3 p3_dann/train.py --target svhn --method source_only  # the lower bound: source labels, no target images
     python3 p3_dann/train.py --target svhn --method target_only  # the upper bound: target labels, no source images
     python3 p3_dann/train.py --target svhn --resume              # goes on where the last run stopped
     python3 p3_dann/train.py --target svhn --dry_run             # two steps, to see that all is in place
     torchrun --nproc_per_node=2 p3_dann/train.py                 # several processes; --batch_size is for all together
 
-All share network, optimiser and number of steps, so that they can be compared: an epoch is 100 steps, and a step draws
---batch_size images of each domain that the method sees. The target's labels are read by target_only alone: with dann
-neither training nor the choice of the weights (the EMA at the end of a fixed budget) knows them. After the end,
-validation labels give the accuracy for the table.
+All share network and optimiser, so that they can be compared: an epoch is 100 steps, and a step draws --batch_size
+images of each domain that the method sees. adamatch takes more and smaller steps than the others, 60 epochs of 64
+images, and no dropout. The target's labels are read by target_only alone: with dann and adamatch neither training nor
+the choice of the weights (the EMA at the end of a fixed budget) knows them. After the end, validation labels give the
+accuracy for the table.
 
 Reads hw2_data/digits. Writes into --output_dir:
     last.pt         everything that --resume needs, every --save_every steps
@@ -21,7 +23,8 @@ Reads hw2_data/digits. Writes into --output_dir:
 How to read a line: `domain_accuracy` is the discriminator's; 0.5 means that the features hide the domain, 1.0 that it
 still tells the domains apart. A domain loss near 0.69 = log 2 says the same; in the first epochs it says only that the
 discriminator has not learned yet. `confident` is the share of target images that the classifier is 90 % sure of, the
-label-free sign of success. All are means over augmented batches, with dropout.
+label-free sign of success; `counted` the share that adamatch takes its own answers for. All are means over augmented
+batches, with dropout where there is any.
 """
 
 import sys
