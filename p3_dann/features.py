@@ -23,7 +23,6 @@ from sklearn.preprocessing import StandardScaler
 
 import plots
 from dataset import DOMAIN_NAMES, DOMAINS, load_split
-from files import check_output_file
 from p3_dann.augment import standardize
 from p3_dann.methods import METHODS
 from p3_dann.model import load_model
@@ -111,10 +110,10 @@ def main():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the sample and the embedding")
     args = parser.parse_args()
+    plots.check_figure(args.figure)
     networks = {"before adaptation": load_model(args.before)} if args.before else {}
     model, recipe = load_model(args.checkpoint)
     networks[recipe["method"]] = model, recipe
-    check_output_file(args.figure)
     source, target = args.source or recipe["source"], args.target or recipe["target"]
     distances = picture(args.figure, networks, args.data_dir, source, target, seed=args.seed)
     print(f"proxy A-distance: {', '.join(f'{title} {distance:.2f}' for title, distance in distances.items())}; "

@@ -1,6 +1,6 @@
 """Wall time and peak memory of every wrapper and of a training of every chapter, alone and beside a busy process.
 
-    python3 report/benchmark.py                         # 15 minutes on 2 CPU cores; nothing else should run there
+    python3 report/benchmark.py                         # half an hour on 2 CPU cores; nothing else should run there
     python3 report/benchmark.py --quick                 # two minutes: fewer images and steps; prints, writes nothing
     python3 report/benchmark.py --only p1 p3 --output benchmark.csv     # some chapters, into another file
     GOMP_SPINCOUNT=300000 python3 report/benchmark.py --quick --only p1
