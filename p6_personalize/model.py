@@ -37,6 +37,9 @@ def require_libraries():
 
 def _loaded(function, path, what, **arguments):
     """function(path) of a library; UserError where it fails, as it does in many ways, on what is not on this disk."""
+    if path in (PIPELINE, CLIP) and not path.exists():
+        raise UserError(f"there is no {path}, for its training is not done: run p6_personalize/tiny/train.py, or name "
+                        "another model's folder")
     try:
         return function(str(path), local_files_only=True, **arguments)
     except Exception as error:

@@ -12,6 +12,7 @@ half precision. p6_personalize/checkpoints holds clip/model and pipeline/model a
 import argparse
 import copy
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -57,20 +58,23 @@ class Captions:
 class ClipPart(nn.Module):
     """CLIP: pictures and captions that belong together are near each other (Radford et al. 2021, figure 3)."""
 
-    defaults = dict(epochs=40, batch_size=128, lr=1e-3, warmup=200, weight_decay=0.1, ema=0.998, save_every=140)
+    defaults = dict(epochs=20, batch_size=128, lr=1e-3, warmup=200, weight_decay=0.1, ema=0.998, save_every=140)
+    optimizer = "adamw"
+    width, layers = 128, (3, 4)  # of text and picture
 
     def __init__(self, folder):
         super().__init__()
         from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
         self.captions = Captions()
         tokenizer = self.captions.tokenizer
-        size = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, projection_dim=128,
-                    hidden_act="quick_gelu")
+        size = dict(hidden_size=self.width, intermediate_size=4 * self.width, num_attention_heads=4,
+                    projection_dim=self.width, hidden_act="quick_gelu")
         self.model = CLIPModel(CLIPConfig(
-            text_config=dict(size, num_hidden_layers=3, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-                             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                             max_position_embeddings=tokenizer.model_max_length),
-            vision_config=dict(size, num_hidden_layers=4, image_size=64, patch_size=8), projection_dim=128))
+            text_config=dict(size, num_hidden_layers=self.layers[0], vocab_size=len(tokenizer),
+                             max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
+                             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id),
+            vision_config=dict(size, num_hidden_layers=self.layers[1], image_size=64, patch_size=8),
+            projection_dim=self.width))
         self.prepare = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64},
                                           image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
@@ -92,20 +96,22 @@ class ClipPart(nn.Module):
 
     def save(self, folder, inputs):
         copy.deepcopy(self.model).half().save_pretrained(folder)
-        self.captions.tokenizer.save_pretrained(folder)
+        shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)
         self.prepare.save_pretrained(folder)
 
 
 class AutoencoderPart(nn.Module):
     """The KL autoencoder of Rombach et al. 2022, without its adversary: 64x64 pixels are 16x16 latents of 4 values."""
 
-    defaults = dict(epochs=4, batch_size=16, lr=1e-3, warmup=100, weight_decay=0.01, ema=0.998, save_every=250)
+    defaults = dict(epochs=2, batch_size=16, lr=1e-3, warmup=100, weight_decay=0.01, ema=0.998, save_every=250)
+    optimizer = "muon"
+    widths = 32, 32, 64  # at 64x64, 32x32 and 16x16
 
     def __init__(self, folder):
         super().__init__()
         from diffusers import AutoencoderKL
         self.model = AutoencoderKL(
-            block_out_channels=(32, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=1,
+            block_out_channels=self.widths, down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=1,
             up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=8, sample_size=64)
 
     def read(self, images, pairs, device):
@@ -129,7 +135,9 @@ class AutoencoderPart(nn.Module):
 class PipelinePart(nn.Module):
     """Latent diffusion; the UNet and CLIP's text tower train together (Rombach et al. 2022, section 3.3)."""
 
-    defaults = dict(epochs=25, batch_size=64, lr=8e-4, warmup=300, weight_decay=0.01, ema=0.999, save_every=280)
+    defaults = dict(epochs=10, batch_size=32, lr=8e-4, warmup=300, weight_decay=0.01, ema=0.999, save_every=250)
+    optimizer = "muon"
+    widths, groups = (64, 128), 32  # at 16x16 and 8x8; of the normalisation
 
     def __init__(self, folder):
         super().__init__()
@@ -142,9 +150,9 @@ class PipelinePart(nn.Module):
             folder / "autoencoder/model", low_cpu_mem_usage=False).float().eval().requires_grad_(False)]
         self.text_encoder = CLIPTextModel.from_pretrained(folder / "clip/model").float()
         self.unet = UNet2DConditionModel(
-            sample_size=16, block_out_channels=(64, 128), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, cross_attention_dim=128,
-            attention_head_dim=4)  # which counts heads
+            sample_size=16, block_out_channels=self.widths, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, norm_num_groups=self.groups,
+            cross_attention_dim=self.text_encoder.config.hidden_size, attention_head_dim=4)  # which counts heads
         self.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
                                        clip_sample=False, timestep_spacing="trailing")
 
@@ -167,6 +175,8 @@ class PipelinePart(nn.Module):
         StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, unet=unet, tokenizer=self.captions.tokenizer,
                                 scheduler=self.scheduler, safety_checker=None, feature_extractor=None,
                                 requires_safety_checker=False).save_pretrained(folder)
+        shutil.rmtree(folder / "tokenizer")  # in the format of this release of transformers alone
+        shutil.copytree(TOKENIZER, folder / "tokenizer")
 
 
 PARTS = {"clip": ClipPart, "autoencoder": AutoencoderPart, "pipeline": PipelinePart}
@@ -181,6 +191,7 @@ def parse_args():
         one.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p6_personalize/output",
                          help="where the folders of the three parts go")
         training.add_arguments(one, **part.defaults)
+        one.set_defaults(optimizer=part.optimizer)
     return parser.parse_args()
 
 
