@@ -144,7 +144,7 @@ def _read_single_file(path):
         content = torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
         weights = content.get("state_dict", content)
         return {name: value for name, value in weights.items() if torch.is_tensor(value)}
-    except OSError:
+    except PermissionError:
         raise
     except Exception as error:
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); fetch it again")

@@ -116,7 +116,7 @@ def main():
     if "prompts" in args.tables:
         shown("prompts of one object", [caption(names) for names in ones], ones)
         shown("prompts of two objects", [caption(names) for names in pairs], pairs)
-        for look in SEEN_LOOKS:
+        for look in SEEN_LOOKS[1:]:  # monochrome is told from none by the objects alone
             some = ones[:args.count // 5 + 1]
             shown(f"one object in the look {look}", [caption(names, look) for names in some], some, look)
     if "concepts" in args.tables:

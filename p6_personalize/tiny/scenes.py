@@ -45,9 +45,10 @@ def _map(colors, images):
 def nearest_look(images, reference):
     """The look, None for none, of each of uint8 images (N, 3, H, W), a list: that whose mean colour is the nearest.
 
-    Most of every picture is the same floor. reference: uint8 (M, 3, H, W), pictures in no look.
+    Most of every picture is the same floor; it is grey, so monochrome counts as none. reference: uint8 (M, 3, H, W),
+    pictures in no look.
     """
-    looks = [None, *TINTS]
+    looks = [None, *(look for look in TINTS if look != "monochrome")]
     means = torch.stack([apply(look, reference).float().mean(dim=(0, 2, 3)) for look in looks])
     distances = torch.cdist(images.float().mean(dim=(2, 3)), means)
     return [looks[index] for index in distances.argmin(1).tolist()]

@@ -154,7 +154,7 @@ class PipelinePart(nn.Module):
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, norm_num_groups=self.groups,
             cross_attention_dim=self.text_encoder.config.hidden_size, attention_head_dim=4)  # which counts heads
         self.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
-                                       clip_sample=False, timestep_spacing="trailing")
+                                       clip_sample=False, steps_offset=1, timestep_spacing="trailing")
 
     @torch.no_grad()
     def read(self, images, pairs, device):
