@@ -22,14 +22,19 @@ PIPELINE, CLIP = HERE / "checkpoints/pipeline", HERE / "checkpoints/clip"  # tin
 
 
 def require_libraries():
-    """UserError when a library is missing; else they keep quiet from here on."""
+    """UserError when a library is missing, or does not go with the others; else they keep quiet from here on."""
+    install = f"python3 -m pip install -r '{HERE / 'requirements.txt'}'"
     missing = [name for name in ("diffusers", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"this needs {' and '.join(missing)}; install them: "
-                        f"python3 -m pip install -r '{HERE / 'requirements.txt'}'")
+        raise UserError(f"this needs {' and '.join(missing)}; install them: {install}")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import diffusers
-    import transformers
+    try:
+        import diffusers
+        import transformers
+        from diffusers import StableDiffusionPipeline  # noqa: F401  imports what diffusers takes from transformers
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"diffusers and transformers do not go together ({str(error).strip().splitlines()[-1]}); "
+                        f"install releases of one time: {install} --upgrade")
     for library in diffusers, transformers:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
