@@ -27,7 +27,7 @@ from PIL import Image
 from torch import nn
 
 from dataset import list_images, load_split, read_images, some
-from files import check_output_file, find_weights, load_torch, load_weights, write_atomic
+from files import check_output_file, load_torch, load_weights, write_atomic
 from training import average, ema_decay, seed_all
 from transforms import random_affine, uniform
 
@@ -58,8 +58,7 @@ class Classifier(nn.Module):
 def load_classifier(path=ROOT / "Classifier.pth", device="cpu"):
     """The classifier in evaluation mode; its weights are under 'state_dict' in the file, or in any other wrapping."""
     model = Classifier()
-    weights = find_weights(load_torch(path, "classifier checkpoint"), model.state_dict(), path)
-    load_weights(model, weights, path)
+    load_weights(model, load_torch(path, "classifier checkpoint"), path)
     return model.to(device).eval()
 
 
@@ -73,6 +72,15 @@ def classify(model, images, device="cpu", batch_size=1000):
     """(features (N, 64), predicted digits (N,)) on the CPU for uint8 images (N, 3, 28, 28)."""
     features = torch.cat([model.features(normalise(batch.to(device))) for batch in images.split(batch_size)])
     return features.cpu(), model.fc3(features).argmax(1).cpu()
+
+
+def frechet_distance(a, b):
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D) (Heusel et al. 2017, eq. 6)."""
+    a, b = a.double().numpy(), b.double().numpy()
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # C_a C_b is similar to a positive semi-definite matrix; its trace of roots is the sum of roots of eigenvalues.
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
 
 
 def expected_names():

@@ -28,6 +28,7 @@ from p1_ddpm.model import Attention, UNet, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(channels=[8, 16], blocks=1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_unet(seed=0, **config):
@@ -122,8 +123,8 @@ def exact_gaussian(alphas_cumprod, mean, std):
     return predict
 
 
-@pytest.mark.parametrize("name, steps, options", [("ddpm", 1000, {}), ("ddim", 200, {}), ("ddim", 1000, dict(eta=1.0)),
-                                                  ("dpmpp", 30, {})])
+@pytest.mark.parametrize("name, steps, options", [("ddpm", 1000, {}), ("ddim", 400, {}), ("ddim", 1000, dict(eta=1.0)),
+                                                  ("dpmpp", 60, {})])
 def test_samplers_reach_the_moments_of_a_gaussian(name, steps, options):
     mean, std = 0.3, 0.4
     alphas_cumprod = diffusion.noise_schedule()
@@ -362,17 +363,8 @@ def run_train(data_dir, output_dir, *arguments):
          "--batch_size", 16, *arguments)
 
 
-@pytest.fixture
-def one_thread():
-    """Tiny networks are faster so, many times when something else runs beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("amp, optimizer", [("bf16", "adamw"), ("off", "muon")])
-def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkeypatch, one_thread, amp, optimizer):
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkeypatch, amp, optimizer):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = ["--epochs", 2, "--warmup", 3, "--dropout", 0.1, "--amp", amp, "--timesteps", 4, "--save_every", 3,
              "--optimizer", optimizer]
@@ -419,8 +411,8 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch, one_thread, optimizer):
-    monkeypatch.setattr(train, "save_samples", lambda *arguments: None)
+def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch, optimizer):
+    monkeypatch.setattr(train, "sample_grid", lambda *arguments: None)
     run_train(data_dir, tmp_path, "--channels", 16, 16, "--epochs", 10, "--warmup", 4, "--lr", 3e-3, "--save_every", 5,
               "--optimizer", optimizer)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -437,7 +429,7 @@ def test_two_processes_train_together(tmp_path, data_dir, torchrun):
     assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_a_dry_run_writes_nothing(tmp_path, data_dir, one_thread, capsys):
+def test_a_dry_run_writes_nothing(tmp_path, data_dir, capsys):
     run_train(data_dir, tmp_path / "out", "--dry_run")
     assert "dry run: two steps of 8 images went well" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
