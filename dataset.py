@@ -274,3 +274,16 @@ def load_split(data_dir, domain, split, labelled=True):
         if not path.exists():
             raise UserError(f"there is no {path}; run 'bash get_dataset.sh', or point --data_dir to hw2_data")
     return load_digits(csv_path, image_dir, labelled=labelled)
+
+
+def load_domains(data_dir, domains, split):
+    """[(images, classes)] for each of the `domains`, see load_split; the digit d of domains[i] is of class 10 i + d."""
+    return [(images, labels + 10 * i) for i, (images, labels, _) in
+            enumerate(load_split(data_dir, domain, split) for domain in domains)]
+
+
+def balanced(sets):
+    """(images, classes) of several such pairs in one; the smaller ones are repeated, as often as the largest has room
+    for, so that all are met about equally often."""
+    most = max(len(classes) for _, classes in sets)
+    return [torch.cat([part for part in parts for _ in range(most // len(part))]) for parts in zip(*sets)]

@@ -155,6 +155,12 @@ def amp_dtype(name, device):
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def add_amp_argument(parser):
+    """The flag --amp, for amp_dtype."""
+    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+                        help="mixed precision; auto takes what the device does fast")
+
+
 def autocast(device, dtype):
     """Mixed precision in `dtype` on `device`; a context that does nothing when `dtype` is None."""
     return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
