@@ -9,9 +9,9 @@ Same network, command line, weight file and output line as the course's script o
 Classifier.pth can be dropped in (or named with --checkpoint). A folder that holds the folders mnistm and svhn is graded
 as in 2024: a line for each, each by its own classifier or both by --checkpoint, and a line with their mean.
 
-Classifier.pth recognises 97.6 % of MNIST-M's validation digits, Classifier_svhn.pth, of a network @W@ times as wide,
-@A@ % of SVHN's, which they never train on. Both are trained with much augmentation, which makes them kind to generated
-digits. The panel's networks are trained as a course would, plainly and not for long; they recognise 94 to 95 %.
+Classifier.pth recognises 97.6 % of MNIST-M's validation digits, Classifier_svhn.pth, of a network four times as wide,
+92.8 % of SVHN's, which they never train on. Both are trained with much augmentation, which makes them kind to generated
+digits. The panel's networks are trained as a course would, plainly and not for long; they recognise 93.1 to 94.7 %.
 """
 
 import copy
@@ -211,7 +211,7 @@ def train(args, device):
     check_output_file(checkpoint)
     splits = [[values.to(device) for values in load_split(args.train, args.domain, split)[:2]]
               for split in ("train", "val")]
-    epochs = args.epochs or (5 if args.panel else 60)
+    epochs = args.epochs or (4 if args.panel else 60)
     if args.panel:
         weights = [train_plainly(splits, epochs, args.seed + i) for i in range(args.panel)]
         content = {"panel": [{name: value.half() for name, value in grader.items()} for grader in weights]}
@@ -255,7 +255,7 @@ def main():
     group.add_argument("--domain", choices=CHECKPOINTS, default="mnistm", help="whose digits to train on")
     group.add_argument("--panel", type=int_at_least(1), metavar="N", help="train N graders of MNIST-M, plainly")
     group.add_argument("--epochs", type=int_at_least(1),
-                       help="passes over the training images; else 60, for a panel 5")
+                       help="passes over the training images; else 60, for a panel 4")
     group.add_argument("--seed", type=int_at_least(0), default=0,
                        help="seed of weights, order and augmentation; a panel takes N from here on")
     args = parser.parse_args()

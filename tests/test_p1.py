@@ -281,8 +281,8 @@ def test_a_set_of_one_label_is_that_label():
         assert_near(several(x, t, b), single(x, t, a), 1e-5)
 
 
-# What the coming chapters need: both domains' digits in one model, scenes of several objects, faces.
-GENERAL = [dict(num_classes=20), dict(num_classes=24, condition="set", image_size=64, patch=4),
+# Digits of one domain and of two; what the other chapters need: scenes of several objects, faces.
+GENERAL = [dict(num_classes=10), dict(num_classes=20), dict(num_classes=24, condition="set", image_size=64, patch=4),
            dict(num_classes=24, condition="set", image_size=32),
            dict(num_classes=3, image_channels=1, image_size=36, patch=3)]
 
