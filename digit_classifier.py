@@ -77,9 +77,10 @@ def load_classifier(path=CHECKPOINTS["mnistm"], device="cpu"):
 def load_panel(path=PANEL, device="cpu"):
     """The graders of a panel, a list of classifiers in evaluation mode."""
     content = load_torch(path, "panel of classifiers")
-    if not isinstance(content, dict) or not content.get("panel"):
+    graders = content.get("panel") if isinstance(content, dict) else None
+    if not isinstance(graders, list) or not graders:
         raise UserError(f"{path} does not hold a panel; run 'python3 digit_classifier.py --train DATA_DIR --panel 8'")
-    return [_classifier(weights, path, device) for weights in content["panel"]]
+    return [_classifier(weights, path, device) for weights in graders]
 
 
 def _classifier(content, path, device):
@@ -155,8 +156,8 @@ def augment(x):
     return x.clamp(-1, 1)
 
 
-def fit(model, optimizer, splits, epochs, seed, augment=lambda x: x, scheduler=None, decay=0.0):
-    """Trains `model` on the first of the two `splits` (images, labels), which are on its device.
+def fit(model, optimizer, splits, epochs, seed, change=lambda x: x, scheduler=None, decay=0.0):
+    """Trains `model` on the first of the two `splits` (images, labels), which are on its device, changed by `change`.
 
     Prints the accuracy on the second after each epoch. Returns the EMA of the weights, those of the last step where its
     `decay` is 0. UserError when the loss is not finite.
@@ -167,7 +168,7 @@ def fit(model, optimizer, splits, epochs, seed, augment=lambda x: x, scheduler=N
         start, order = time.time(), torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(images)))
         for step, batch in enumerate(order.split(batch_size_for(images))[:per_epoch], start=epoch * per_epoch):
             batch = batch.to(images.device)
-            loss = F.cross_entropy(model(augment(normalise(images[batch]))), labels[batch])
+            loss = F.cross_entropy(model(change(normalise(images[batch]))), labels[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
