@@ -39,7 +39,7 @@ from sklearn.datasets import load_svmlight_file
 from tqdm import tqdm
 
 from dataset import read_rgb, some
-from files import make_output_dir
+from files import lock, make_output_dir
 
 BSDS500_URL = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz"
 
@@ -313,10 +313,11 @@ def main():
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the splits and of MNIST-M's patches")
     args = parser.parse_args()
     if args.download:
-        download(make_output_dir(args.source_dir))
+        lock(make_output_dir(args.source_dir))
+        download(args.source_dir)
     if not args.source_dir.is_dir():
         raise UserError(f"there is no folder {args.source_dir}; name the one that holds the public files")
-    make_output_dir(args.data_dir)
+    lock(make_output_dir(args.data_dir))  # so that a partial domain there is a dead run's
     for domain in args.domains:
         build(domain, args.source_dir, args.data_dir, args.seed)
 

@@ -64,10 +64,13 @@ def _decode(data):
     image = Image.open(io.BytesIO(data))
     layouts = [tile[3] for tile in image.tile]
     image.load()
-    if layouts in (["RGB;16B"], ["RGBA;16B"]) and image.getbbox() is None:
+    lower = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "RGBA"}.get(str(*layouts[:1]))
+    if lower and not any(highest for _, highest in image.getextrema()[:3]):  # opaque or not
         image = Image.open(io.BytesIO(data))
-        image.tile = [(*image.tile[0][:3], layouts[0].replace("16B", "16L"))]
+        image.tile = [(*image.tile[0][:3], lower)]
         image.load()
+        if lower == "RGBA":  # grey's two bytes and alpha's two
+            image = Image.merge("LA", image.split()[1::2])
     return image
 
 
@@ -146,12 +149,12 @@ def read_images(paths, size=28, on_error=None):
     return _read_all(paths, prepare, size, on_error)
 
 
-def read_image_source(source, size, crop=None):
-    """All images of a folder, searched through, or of a zip file as uint8 (N, 3, size, size), sorted by name.
+def read_image_source(source, size, rows=None):
+    """(images, names) of a folder, searched through, or of a zip file: uint8 (N, 3, size, size), N file names.
 
-    Of each the box `crop` (left, top, right, bottom in pixels), or all when it is None; of that the largest centred
-    square, resized by Lanczos' filter. 100,000 images of 64x64 take 1.2 GB. UserError when there are none or one cannot
-    be read.
+    Sorted by path. Of each image the largest centred square, or the `rows` (top, bottom), which are stretched to a
+    square; resized by Lanczos' filter. 100,000 images of 64x64 take 1.2 GB. UserError when there are no images, one
+    cannot be read, or rows exceed one.
     """
     source = Path(source)
     if source.is_dir():
@@ -167,14 +170,15 @@ def read_image_source(source, size, crop=None):
     paths = _images_among(source, [file for file in files if not file.is_dir()])
 
     def prepare(image):
-        if crop:
-            left, top, right, bottom = crop
-            if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
-                raise UserError(f"an image in {source} has {image.width}x{image.height} pixels, which {crop} exceeds")
-            image = image.crop(crop)
-        return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        if rows is None:
+            return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        if not rows[0] < rows[1] <= image.height:
+            raise UserError(f"the images in {source} have {image.height} rows, and {rows[0]} to {rows[1]} are asked "
+                            "for")
+        return image.resize((size, size), Image.Resampling.LANCZOS, box=(0, rows[0], image.width, rows[1]))
 
-    return _read_all(paths, prepare, size, lock=threading.Lock())  # archives count their readers without a lock
+    # A lock, because archives count their readers without one.
+    return _read_all(paths, prepare, size, lock=threading.Lock()), [path.name for path in paths]
 
 
 def _read_all(paths, prepare, size, on_error=None, lock=contextlib.nullcontext()):
@@ -245,10 +249,10 @@ def _read_csv(csv_path, columns):
 
 # --- Images with their labels -------------------------------------------------------------------
 
-def load_digits(csv_path, image_dir, size=28, labelled=True):
+def load_digits(csv_path, image_dir, labelled=True):
     """(images, labels, names) of the images that a CSV file names in `image_dir`, in the CSV's order.
 
-    images: uint8 (N, 3, size, size); labels: int64 (N,), or None when not `labelled`, where the label
+    images: uint8 (N, 3, 28, 28); labels: int64 (N,), or None when not `labelled`, where the label
     column is never read (an adaptation target's labels must not be); names: a list of N strings.
     """
     names, labels = read_labels(csv_path) if labelled else (read_names(csv_path), None)
@@ -263,7 +267,7 @@ def load_digits(csv_path, image_dir, size=28, labelled=True):
     def stop(index, error):
         raise UserError(f"row {index + 1} of {csv_path}: {error}")
 
-    return read_images([Path(image_dir) / name for name in names], size, stop), labels, names
+    return read_images([Path(image_dir) / name for name in names], on_error=stop), labels, names
 
 
 def load_split(data_dir, domain, split, labelled=True):

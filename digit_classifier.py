@@ -103,6 +103,15 @@ def classify(model, images, device="cpu", batch_size=1000):
     return features.cpu(), model.fc3(features).argmax(1).cpu()
 
 
+def frechet_distance(a, b):
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D) (Heusel et al. 2017, eq. 6)."""
+    a, b = a.double().numpy(), b.double().numpy()
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # C_a C_b is similar to a positive semi-definite matrix; its trace of roots is the sum of roots of eigenvalues.
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
+
+
 def expected_names(per_class=100):
     """The names that problem 1 asks for: 0_001.png ... 9_100.png, or ... 9_050.png."""
     return {f"{digit}_{number:03d}.png" for digit in range(10) for number in range(1, per_class + 1)}

@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import read_rgb
-from faces import PADDING, SIZE, FaceSource, add_arguments, read_faces, read_source, split_faces
+from dataset import read_image_source, read_rgb
+from digit_classifier import frechet_distance
+from faces import PADDING, SIZE, add_arguments, read_faces, split_faces
 
 # Where an aligned face is, as dlib crops it for its network of identities: pixels left, top, right, bottom of 64. One
 # place for all, so a face that is out of place counts as an odd one.
@@ -67,7 +68,7 @@ def read_generated(path):
     """uint8 (N, 3, SIZE, SIZE): the images of a folder or zip file, or those of a grid."""
     if path.suffix.lower() in (".png", ".jpg", ".jpeg") and path.is_file():
         return cut_grid(read_rgb(path))
-    return read_source(FaceSource(path))[0]
+    return read_image_source(path, SIZE)[0]
 
 
 # --- Measures -----------------------------------------------------------------------------------
@@ -84,15 +85,6 @@ def kernel_distance(a, b):
         return (values.sum() - values.trace()) / (len(x) * (len(x) - 1))
 
     return (mean_of_pairs(a) + mean_of_pairs(b) - 2 * kernel(a, b).mean()).item()
-
-
-def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D) (Heusel et al. 2017)."""
-    a, b = a.double().numpy(), b.double().numpy()
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # C_a C_b is similar to a positive semi-definite matrix; its trace of roots is the sum of roots of eigenvalues.
-    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
 
 
 def mean_distance(features):

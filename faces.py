@@ -10,19 +10,17 @@ again, in the same source or a later one, is the same face and is dropped.
 
 import io
 import re
-import threading
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from torchvision.utils import make_grid
 
-from dataset import _images_among, _read_all
+from dataset import read_image_source
 from files import check_output_file, is_stream, write_atomic
 from utils import UserError, nonempty_path
 
@@ -69,34 +67,11 @@ def read_faces(sources):
 
     UserError when a source cannot be read, an image's name holds no number, or rows exceed an image.
     """
-    parts = [(source, *read_source(source)) for source in sources]
+    parts = [(source, *read_image_source(source.path, SIZE, source.rows)) for source in sources]
     numbers = np.array([_number(name, source.path) for source, _, names in parts for name in names], dtype=np.int64)
     _, first = np.unique(numbers, return_index=True)
     first.sort()
     return Faces(torch.cat([images for _, images, _ in parts])[first], torch.from_numpy(numbers[first]))
-
-
-def read_source(source):
-    """(images, names) of a FaceSource: uint8 (N, 3, SIZE, SIZE), sorted by name; a list of N strings."""
-    path, rows = source
-    if path.is_dir():
-        files = sorted(path.rglob("*"))
-    elif path.is_file() and zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        files = [zipfile.Path(archive, name) for name in sorted(archive.namelist())]
-    else:
-        raise UserError(f"{path} is neither a folder nor a zip file; name one that holds images")
-    files = _images_among(path, [file for file in files if not file.is_dir()])
-
-    def prepare(image):
-        if rows is None:
-            return ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.LANCZOS)
-        if not rows[0] < rows[1] <= image.height:
-            raise UserError(f"the images in {path} have {image.height} rows, and {rows[0]} to {rows[1]} are asked for")
-        return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS, box=(0, rows[0], image.width, rows[1]))
-
-    # A lock, because archives count their readers without one.
-    return _read_all(files, prepare, SIZE, lock=threading.Lock()), [file.name for file in files]
 
 
 def split_faces(faces):

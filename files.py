@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import secrets
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -52,24 +53,51 @@ def check_output_file(path):
         make_output_dir(Path(os.path.realpath(path)).parent)
 
 
+def lock(folder):
+    """UserError when another living run writes into `folder`; held until this process ends or locks another one."""
+    try:
+        import fcntl
+        if hasattr(lock, "handle"):
+            os.close(lock.handle)
+        lock.handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run writes into {folder}; let it end, or name another folder")
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+
+
 def is_stream(path):
     """Whether `path` is a device, a pipe or an open file such as /dev/stdout: written to, never replaced."""
-    path = os.path.abspath(path)
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        return True
+    special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    return special or _descriptor(path) is not None
+
+
+def _descriptor(path):
+    """The number of this process's open file that `path` names, such as 1 for /dev/stdout, or None."""
     for _ in range(40):  # as many links as Linux follows
-        if path.startswith("/proc/") or not os.path.islink(path):
-            break
-        path = os.path.join(os.path.dirname(path), os.readlink(path))
-    return path.startswith("/proc/")
+        folder, name = os.path.split(os.path.abspath(path))
+        folder = os.path.realpath(folder)
+        if folder in (f"/proc/{os.getpid()}/fd", "/dev/fd") and name.isdecimal():
+            return int(name)
+        path = os.path.join(folder, name)
+        if not os.path.islink(path):
+            return None
+        path = os.path.join(folder, os.readlink(path))
 
 
 def write_atomic(path, data):
-    """Writes the bytes `data` to the file `path`, at the end of its links: whole or not at all, or UserError."""
-    stream = is_stream(path)
-    target = Path(path if stream else os.path.realpath(path))
-    temporary = target if stream else target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
+    """Writes the bytes `data` to the file `path`, at the end of its links: whole or not at all, or UserError.
+
+    A stream is written to as it is: an open file goes on after what has been printed.
+    """
+    stream, descriptor = is_stream(path), _descriptor(path)
+    target = Path(os.path.realpath(path))
+    temporary = path if stream else target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
     try:
+        if descriptor is not None:
+            sys.stdout.flush()
+            temporary = os.dup(descriptor)  # opened by its path, a file would be cut off
         with open(temporary, "wb") as file:
             file.write(data)
         if not stream:
@@ -102,7 +130,7 @@ def save_checkpoint(path, **content):
 def load_torch(path, what="file"):
     """torch.load on the CPU without running code from the file.
 
-    UserError when it cannot be read, or holds tensors that cannot be computed with: sparse ones, or without values.
+    UserError when it cannot be read, or holds tensors that cannot be computed with, such as sparse ones.
     """
     if not Path(path).is_file():
         raise UserError(f"there is no {what} {path}; check the path, or run 'bash hw2_download.sh' if it is one of "
@@ -124,8 +152,9 @@ def load_torch(path, what="file"):
 def _odd_tensor(content):
     """How a tensor in the nested `content` is not one of plain values in memory; '' when all are."""
     if torch.is_tensor(content):
-        return ("without values (on the meta device)" if content.is_meta else
-                "" if content.layout == torch.strided else f"of the layout {content.layout}")
+        odd = {"without values (on the meta device)": content.is_meta, "that is quantized": content.is_quantized,
+               "that is nested": content.is_nested, f"of the layout {content.layout}": content.layout != torch.strided}
+        return next((how for how, true in odd.items() if true), "")
     values = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
     return next(filter(None, map(_odd_tensor, values)), "")
 
@@ -135,13 +164,14 @@ def _unreadable(path, error):
     with open(path, "rb") as file:
         start = file.read(9)
     if start[8:] == b"{":
-        return ("is in the safetensors format under another name; read it with safetensors.torch.load_file and save "
-                "the result with torch.save")
+        return ("is in the safetensors format; read it with safetensors.torch.load_file and save the result with "
+                "torch.save")
     foreign = re.search(r"(?:GLOBAL|[Gg]lobal|class) ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and foreign:
         return (f"holds more than tensors and plain values ({foreign[1]}), which is not loaded because it could run "
-                "code; save the weights alone: torch.save(model.state_dict(), path)")
-    return f"is damaged or not made by torch.save ({type(error).__name__}); fetch it again"
+                "code; save tensors alone, as torch.save(model.state_dict(), path) does")
+    return (f"is damaged or not made by torch.save ({type(error).__name__}); fetch it again, or save tensors alone, as "
+            "torch.save(model.state_dict(), path) does")
 
 
 def load_checkpoint(path, kind, keys):
@@ -152,17 +182,19 @@ def load_checkpoint(path, kind, keys):
     if checkpoint.get("format_version") != CHECKPOINT_VERSION:
         raise UserError(f"the checkpoint {path} has format {checkpoint.get('format_version')}, this code reads format "
                         f"{CHECKPOINT_VERSION}; fetch both anew")
-    missing = [key for key in keys if key not in checkpoint]
+    missing = [key for key in keys if checkpoint.get(key) is None]
     if missing:
         raise UserError(f"the checkpoint {path} lacks {', '.join(missing)}; name a training's last.pt, which holds all")
     return checkpoint
 
 
-def load_weights(model, state_dict, path):
-    """Loads `state_dict`, which was read from `path`, into `model`; UserError when it does not fit or holds NaN.
+def load_weights(model, content, path):
+    """Loads into `model` the weights in `content`, what torch.load read from `path`, in any wrapping (find_weights).
 
-    A model on the meta device, made as shapes alone, gets its memory once it is known that the weights fit.
+    UserError when they do not fit or hold NaN. A model on the meta device, made as shapes alone, gets its memory once
+    they are known to fit.
     """
+    state_dict = find_weights(content, model.state_dict(), path)
     found, expected = ({name: tuple(value.shape) for name, value in state.items()}
                        for state in (state_dict, model.state_dict()))
     wrong = [f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}"
@@ -182,15 +214,15 @@ def load_weights(model, state_dict, path):
 def find_weights(content, names, path, optional=()):
     """The state dict in `content`, what torch.load read from `path`, whose names are `names`, however it is wrapped.
 
-    Looks into dicts within dicts (state_dict, model, ema, net, ...) and behind any prefix of the names (module.,
-    _orig_mod., model., ...), for averaged weights first; the `optional` among the names, such as constants that an
-    average of the parameters leaves out, may be missing. Where at least half of the names fit, the nearest is returned,
-    for load_weights to say how it differs; else UserError tells what the file holds.
+    Looks into dicts and lists within each other (state_dict, model, ema, net, ...) and behind any prefix of the names
+    (module., _orig_mod., model., ...), for averaged weights first; the `optional` among the names, such as constants
+    that an average of the parameters leaves out, may be missing. Where at least half of the names fit, the nearest is
+    returned, for load_weights to say how it differs; else UserError tells what the file holds.
     """
     names, nearest = set(names), {}
-    for where, weights in sorted(_state_dicts(content), key=lambda found: "ema" not in found[0]):
+    for where, weights in sorted(_state_dicts(content), key=lambda found: not _averaged(found[0])):
         prefixes = {key[:-len(name)] for key in weights for name in names if key.endswith(name)}
-        for prefix in sorted(prefixes, key=lambda prefix: ("ema" not in prefix, prefix)):
+        for prefix in sorted(prefixes, key=lambda prefix: (not _averaged(prefix), prefix)):
             inside = {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
             if names.difference(optional) <= inside.keys() <= names:
                 return inside
@@ -203,13 +235,20 @@ def find_weights(content, names, path, optional=()):
 
 def _state_dicts(content, where=""):
     """(where, {name: tensor}) of every dict in the nested `content` that holds tensors."""
+    if isinstance(content, (list, tuple)):
+        content = dict(enumerate(content))
     if not isinstance(content, dict):
         return
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and torch.is_tensor(value)}
     if tensors:
         yield where, tensors
     for key, value in content.items():
-        yield from _state_dicts(value, f"{where}/{str(key).lower()}".replace("shadow", "ema").replace("average", "ema"))
+        yield from _state_dicts(value, f"{where}/{key}")
+
+
+def _averaged(name):
+    """Whether `name` is one that people give to averaged weights."""
+    return bool(re.search("ema|shadow|average|swa", name.lower()))
 
 
 def _holds(content):

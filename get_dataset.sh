@@ -22,7 +22,7 @@ fi
 script=${BASH_SOURCE:-$0}  # or a link to it
 while to=$(readlink "$script"); do case $to in /*) script=$to ;; *) script=$(dirname "$script")/$to ;; esac; done
 cd "$(dirname "$script")"
-partial="hw2_data/.partial"  # inside, so that moving a part is a rename wherever hw2_data/ lies
+partial="hw2_data/.$$.partial"  # this run's own; inside, so that moving a part is a rename wherever hw2_data/ lies
 trap 'rm -rf "$partial"; rmdir hw2_data 2> /dev/null || true' EXIT
 course_zip="https://drive.google.com/uc?id=1XUl4tqq3kKyWRe2lyHZ8s7U9yc_x3mWT"
 
@@ -41,7 +41,6 @@ has_face() {
 }
 
 from_course() {
-    rm -rf "$partial"  # what a killed run left
     mkdir -p "$partial"
     python3 -m gdown "$course_zip" -O "$partial/hw2_data.zip" || return 1
     python3 -m zipfile -e "$partial/hw2_data.zip" "$partial" || return 1

@@ -35,8 +35,8 @@ if [ "${1:-}" = --update ]; then
             cut -d , -f 1 <<< "$with_address" | grep -qxF "$path" && continue
             echo "$path,$(size "$path"),$(sha256 "$path"),in the repository"
         done
-    } > "$manifest.partial"
-    mv "$manifest.partial" "$manifest"
+    } > "$manifest.$$.partial"
+    mv "$manifest.$$.partial" "$manifest"
     exit
 elif [ $# -gt 0 ]; then
     echo "usage: bash hw2_download.sh [--update]" >&2
@@ -51,11 +51,12 @@ while IFS=, read -r path bytes sha256 address || [ -n "$path" ]; do
     intact "$path" "$bytes" "$sha256" && continue
     if [ "$address" != "in the repository" ]; then
         echo "downloading $path"
-        if download "$address" "$path.partial" && intact "$path.partial" "$bytes" "$sha256"; then
-            mv "$path.partial" "$path"
+        partial="$path.$$.partial"  # of this run alone
+        if download "$address" "$partial" && intact "$partial" "$bytes" "$sha256"; then
+            mv "$partial" "$path"
             continue
         fi
-        rm -f "$path.partial"
+        rm -f "$partial"
         bad+=("$path: not what was expected, or not to be had, from $address")
     elif [ -f "$path" ]; then
         bad+=("$path: damaged; 'git checkout -- $path' brings it back")

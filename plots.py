@@ -7,7 +7,7 @@ and so is the same on every computer.
 import io
 from pathlib import Path
 
-from files import write_atomic
+from files import check_output_file, write_atomic
 from utils import UserError
 
 import matplotlib
@@ -31,17 +31,23 @@ plt.rcParams.update({
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "plots",  # the names of an SVG's parts are random without it
 })
+# What a file would say about the day and the version that made it is left out.
+METADATA = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}
+
+
+def check_figure(path):
+    """UserError unless the file `path` can be written and is named as an SVG or a PNG; makes its folder if need be."""
+    if Path(path).suffix not in METADATA:
+        raise UserError(f"a figure is an .svg or a .png file; name {path} so")
+    check_output_file(path)
 
 
 def save(path, figure):
     """Writes a matplotlib figure as an SVG or PNG file, as its suffix says, and closes it; same figure, same bytes."""
-    suffix = Path(path).suffix
-    metadata = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}
-    if suffix not in metadata:
-        raise UserError(f"a figure is an .svg or a .png file; name {path} so")
-    buffer = io.BytesIO()
+    check_figure(path)
+    suffix, buffer = Path(path).suffix, io.BytesIO()
     figure.set_layout_engine("constrained")
-    figure.savefig(buffer, format=suffix[1:], metadata=metadata[suffix])
+    figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
     plt.close(figure)
     write_atomic(path, buffer.getvalue())
 

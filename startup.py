@@ -34,7 +34,7 @@ def limit_spinning():
     (milliseconds).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 

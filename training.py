@@ -8,7 +8,7 @@
         means.add(loss=loss)
         if due(args, step, total):
             log(metrics, means, step, per_epoch, args, parts, process)
-            save_model(...), save_training(...)        # by the process of rank 0
+            save(args.output_dir, parts, step, ...)    # by the process of rank 0
 
 Whatever a step does is a function of (seed, step, rank), so --resume goes on bit for bit with nothing but the weights,
 the optimiser's state and the number of the step.
@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from files import load_checkpoint, make_output_dir, save_checkpoint, write_atomic
+from files import load_checkpoint, lock, make_output_dir, save_checkpoint, save_png, write_atomic
 from utils import UserError, add_amp_argument, amp_dtype, cpu_has_bfloat16, float_between, int_at_least, pick_device
 
 # Flags that say where and how a training runs, and do not change what comes out.
@@ -89,7 +89,7 @@ def start(args, kind):
     else:
         make_output_dir(args.output_dir)
         if process.rank == 0:
-            _lock(args.output_dir)
+            lock(args.output_dir)
     last = args.output_dir / "last.pt"
     if not args.resume:
         if last.exists() and not args.dry_run:
@@ -119,8 +119,8 @@ def _join(args):
     """The Process that torchrun has started, or the only one."""
     device = pick_device(args.device)
     rank, count = 0, 1
-    # All of them: a cluster may set WORLD_SIZE alone.
-    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    # Not by RANK or WORLD_SIZE, which a cluster may have set for a purpose of its own.
+    if dist.is_available() and dist.is_torchelastic_launched():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             if device.index >= torch.cuda.device_count():
@@ -131,20 +131,6 @@ def _join(args):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         rank, count = dist.get_rank(), dist.get_world_size()
     return Process(device, amp_dtype(args.amp, device), rank, count)
-
-
-def _lock(folder):
-    """UserError when another living process trains into `folder`; held until this process ends or starts another."""
-    try:
-        import fcntl
-        if hasattr(_lock, "handle"):
-            os.close(_lock.handle)
-        _lock.handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(_lock.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another training writes into {folder}; let it end, or name another --output_dir")
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
 
 
 def recipe(args):
@@ -184,6 +170,14 @@ def distribute(model, process, **arguments):
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as older PyTorch has it
     return DistributedDataParallel(model, **{name: False}, **arguments)
+
+
+def announce(data, process, total, *models):
+    """Prints what begins: `data`, such as "38400 images", the parameters of each model, where, and how many steps."""
+    if process.rank == 0:
+        parameters = " and ".join(f"{sum(p.numel() for p in model.parameters()):,}" for model in models)
+        print(f"{data}, {parameters} parameters, {process.device}, {process.dtype or torch.float32}, "
+              f"{process.count} process(es), {total} steps", flush=True)
 
 
 # --- At a step ----------------------------------------------------------------------------------
@@ -234,7 +228,8 @@ def ema_decay(highest, step):
 def update(parts, loss, lr_factor, decay, clip=1.0):
     """One step down the gradient of the scalar `loss`, and one of the moving average.
 
-    lr_factor: of each optimiser's highest learning rate; decay: the average's; clip: the gradient's highest norm.
+    lr_factor: of each optimiser's highest learning rate; decay: the average's; clip: the gradient's highest norm, or
+    None.
     """
     for optimizer in parts.optimizers:
         for group in optimizer.param_groups:
@@ -279,9 +274,10 @@ def make_optimizers(model, args):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update, seen as a matrix (outputs, rest), is made orthogonal (Jordan et al. 2024).
+    """Momentum whose update, seen as a matrix (outputs, rest), is made orthogonal.
 
     Every direction of the matrix then moves by the same amount: lr * sqrt(max(1, rows / columns)) in the spectral norm.
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks", https://kellerjordan.github.io/posts/muon
     """
 
     def __init__(self, parameters, lr=0.02, weight_decay=0.01, momentum=0.95):
@@ -359,11 +355,15 @@ def due(args, step, total):
 def log(metrics, means, step, per_epoch, args, parts, process):
     """Appends the row of `step` to the list `metrics` and prints it; every process has to call this.
 
-    UserError when a mean is not finite: the training ends, and its last checkpoint stays as it is.
+    UserError when a mean is not finite, or an averaged weight in the half precision of model.pt: the training ends, and
+    its last checkpoint stays as it is.
     """
     values, seconds = means.pop()
-    if not np.isfinite(np.hstack(list(values.values()))).all():  # every process sees it, so none waits for another
+    # Every process sees either, so none waits for another.
+    if not np.isfinite(np.hstack(list(values.values()))).all():
         raise UserError(f"the loss is not finite before step {step + 1}; train anew with a lower --lr")
+    if not all(weight.half().isfinite().all() for weight in parts.ema.parameters()):
+        raise UserError(f"the weights are not finite at step {step + 1}; train anew with a lower --lr")
     done = step + 1 - (metrics[-1]["step"] if metrics else 0)
     metrics.append(dict(step=step + 1, epoch=round((step + 1) / per_epoch, 3), **values,
                         lr=parts.optimizers[-1].param_groups[0]["lr"], seconds=round(seconds, 1),
@@ -371,6 +371,19 @@ def log(metrics, means, step, per_epoch, args, parts, process):
     if process.rank == 0:
         tqdm.write(", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                              for name, value in metrics[-1].items()))
+
+
+def save(output_dir, parts, step, description, samples=None, **rest):
+    """Writes a checkpoint: model.pt, samples_*.png, metrics.jsonl and, last of all, last.pt.
+
+    --resume goes on from last.pt, and so makes again what an interrupt has cut off before. description: kind, config,
+    recipe, metrics and what else both checkpoints hold; samples: a picture, uint8 (3, H, W), or None; rest: what only
+    last.pt holds.
+    """
+    save_model(output_dir, parts.ema, **description)
+    if samples is not None:
+        save_png(output_dir / f"samples_{step + 1:06d}.png", samples)
+    save_training(output_dir, parts, step, **description, **rest)
 
 
 def save_model(output_dir, model, **description):
@@ -383,7 +396,7 @@ def save_model(output_dir, model, **description):
 
 
 def save_training(output_dir, parts, step, **description):
-    """Writes metrics.jsonl and last.pt: last of all, as --resume makes again what an interrupt has cut off before."""
+    """Writes metrics.jsonl and last.pt, all that --resume needs."""
     write_jsonl(output_dir / "metrics.jsonl", description["metrics"])
     save_checkpoint(output_dir / "last.pt", **description, step=step + 1, ema=parts.ema.state_dict(),
                     model=parts.model.state_dict(), optimizer=[o.state_dict() for o in parts.optimizers],

@@ -14,6 +14,11 @@ def uniform(low, high, count, device):
     return torch.empty(count, 1, 1, 1, device=device).uniform_(low, high)
 
 
+def random_mirror(images):
+    """`images` (N, C, H, W), each mirrored left to right or not, with equal chances."""
+    return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
+
+
 def random_affine(images, zoom=(1.0, 1.0), stretch=0.0, degrees=0.0, shear=0.0, shift=0.0, size=None):
     """Views of the middle of `images`, float (N, C, H, W), under random affine maps; float (N, C, *size).
 

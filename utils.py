@@ -7,6 +7,7 @@ import startup  # noqa: F401  what it sets has to be set before torch is importe
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -34,11 +35,12 @@ class UserError(Exception):
 class Output:
     """A text stream that outlives its reader: the work of a script is in its files, not in what it prints.
 
-    Characters that the stream cannot encode are escaped; once the other end of a pipe is closed, nothing is printed.
+    Characters that the stream cannot encode are escaped; once the reader or the terminal is gone, nothing is printed. A
+    full disk is an OSError.
     """
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # None where the caller has closed it
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")
 
@@ -54,8 +56,10 @@ class Output:
     def _try(self, function, *args):
         try:
             function(*args)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for what Python writes at its end
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
 
 
 def run(main):
@@ -73,6 +77,7 @@ def run(main):
     with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
         try:
             main()
+            sys.stdout.flush()
         except (UserError, OSError) as error:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
             status = 2
@@ -125,7 +130,7 @@ def float_between(lowest, highest=float("inf")):
 # --- Devices and precision ----------------------------------------------------------------------
 
 def pick_device(name="auto"):
-    """torch.device for 'auto' (CUDA when there is one, else the CPU), 'cpu' or 'cuda'.
+    """torch.device for 'auto' (CUDA when there is one, else the CPU), 'cpu' or 'cuda', a UserError where there is none.
 
     Float32 means float32 on every GPU: TF32, which newer ones would take instead, is switched off.
     """
@@ -144,7 +149,10 @@ def cpu_has_bfloat16():
 
 
 def amp_dtype(name, device):
-    """The low precision for --amp: 'off' -> None, 'bf16', 'fp16', or 'auto': what `device` computes fast."""
+    """The low precision for --amp: 'off' -> None, 'bf16', 'fp16', or 'auto': what `device` computes fast.
+
+    UserError for fp16 on a CPU.
+    """
     if name == "auto":
         if device.type == "cuda":  # bfloat16 came with compute capability 8; an RTX 2080 Ti has 7.5
             name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"

@@ -28,17 +28,8 @@ import numpy as np
 import torch
 
 from dataset import DOMAIN_NAMES, load_split
-from digit_classifier import (CHECKPOINTS, classify, course_line, domain_folders, load_classifier, load_panel,
-                              read_generated)
-
-
-def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two feature sets, (N, D) and (M, D) tensors."""
-    a, b = a.double().numpy(), b.double().numpy()
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # C_a C_b is similar to a positive semi-definite matrix; its trace of roots is the sum of roots of eigenvalues.
-    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
+from digit_classifier import (CHECKPOINTS, classify, course_line, domain_folders, frechet_distance, load_classifier,
+                              load_panel, read_generated)
 
 
 def rms_distances(a, b):

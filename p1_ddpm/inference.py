@@ -23,6 +23,7 @@ from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, floa
                    int_at_least, nonempty_path, pick_device, randn, require_finite, run, to_uint8)
 
 import torch
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from files import load_checkpoint, make_output_dir, save_png
@@ -82,17 +83,24 @@ def visited_timesteps(sampling, alphas_cumprod):
 
 
 @torch.no_grad()
-def sample(model, alphas_cumprod, labels, noise, generators, sampling, dtype=None):
-    """Yields (t, x_t) after each step from the noise x_T (B, C, H, W) to images in [-1, 1] of the labels (B,).
-
-    dtype: the network's low precision, or None.
-    """
+def sample(model, alphas_cumprod, condition, noise, generators, sampling, dtype=None):
+    """Yields (t, x_t) after each step from the noise x_T (B, C, H, W) to images in [-1, 1] under their conditions, such
+    as labels (B,). dtype: the network's low precision, or None."""
     alphas_cumprod = alphas_cumprod.cpu()  # each of its values is asked for by itself
     timesteps = visited_timesteps(sampling, alphas_cumprod)
-    predict = guided_predictor(model, labels, model.null(labels), alphas_cumprod, sampling.guidance, sampling.interval,
-                               dtype)
+    predict = guided_predictor(model, condition, model.null(condition), alphas_cumprod, sampling.guidance,
+                               sampling.interval, dtype)
     options = dict(eta=sampling.eta) if sampling.sampler == "ddim" else {}
     yield from SAMPLERS[sampling.sampler](predict, noise, timesteps, alphas_cumprod, generators, **options)
+
+
+def sample_grid(model, alphas_cumprod, condition, columns):
+    """A picture, uint8 (3, H, W), of an image under each condition, from noise that is the same at every call."""
+    generators = image_generators(0, range(len(condition)))
+    noise = randn(generators, model.image_shape, condition.device)
+    sampling = Sampling("dpmpp", min(16, len(alphas_cumprod) - 1), guidance=1.0, interval=(0, 1000))
+    *_, (_, images) = sample(model, alphas_cumprod, condition, noise, generators, sampling)
+    return make_grid(to_uint8((images + 1) / 2).cpu(), nrow=columns, padding=1)
 
 
 def generate(model, alphas_cumprod, numbers, sampling, seed, device, batch_size=250, keep=(), dtype=None):

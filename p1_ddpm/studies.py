@@ -56,6 +56,7 @@ TABLES = {
 }
 DEFAULTS = dict(Sampling()._asdict(), seed=0, weights="ema", per_class=100)
 FLAGS = ["sampler", "steps", "spacing", "guidance", "interval", "seed", "weights", "eta", "per_class"]
+GROUPED_BY = ["domain", *FLAGS]  # what tells the settings in a table apart
 MEASURES = {"accuracy": 2, "worst_digit": 2, "panel": 2, "panel_least": 2, "frechet": 3, "frechet_ratio": 2,
             "diversity": 3, "seconds": 1}  # decimals
 
@@ -84,9 +85,9 @@ def settings(table, timesteps, flags=DEFAULTS):
     return [dict(row, steps=min(row["steps"], timesteps)) for row in rows]
 
 
-def as_text(setting):
-    """{flag: its value as results.csv spells it}."""
-    return {flag: "{:g} to {:g}".format(*setting[flag]) if flag == "interval" else str(setting[flag]) for flag in FLAGS}
+def as_text(setting, flags=FLAGS):
+    """{flag: its value in the dict `setting` as results.csv spells it}."""
+    return {flag: "{:g} to {:g}".format(*setting[flag]) if flag == "interval" else str(setting[flag]) for flag in flags}
 
 
 def measure(model, alphas_cumprod, judges, setting, device, batch_size, dtype=None):
@@ -108,17 +109,20 @@ def measure(model, alphas_cumprod, judges, setting, device, batch_size, dtype=No
     return measured
 
 
-def means(rows):
+def means(rows, flags=GROUPED_BY, measures=MEASURES):
     """Rows that differ in nothing but the seed made one: mean and `_std` of each measure, and the number of `seeds`."""
-    groups = rows.groupby(["domain"] + [flag for flag in FLAGS if flag != "seed"], sort=False)[list(MEASURES)]
+    groups = rows.groupby([flag for flag in flags if flag != "seed"], sort=False)[list(measures)]
     return groups.mean().join(groups.std().add_suffix("_std")).join(groups.size().rename("seeds")).reset_index()
 
 
-def markdown(rows):
-    """The means of some rows of results as a Markdown table of the flags that vary and the measures."""
-    table = means(rows)
-    shown = table[[name for name in ("domain", *FLAGS) if name in table and table[name].nunique() > 1]].astype(str)
-    for name, decimals in MEASURES.items():
+def markdown(rows, flags=GROUPED_BY, measures=MEASURES):
+    """The means of some rows of results as a Markdown table of the flags that vary and the measures.
+
+    flags, measures: names of columns, the latter with their decimals.
+    """
+    table = means(rows, flags, measures)
+    shown = table[[flag for flag in flags if flag in table and table[flag].nunique() > 1]].astype(str)
+    for name, decimals in measures.items():
         shown[name] = [f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if seeds > 1 else "")
                        for mean, std, seeds in zip(table[name], table[f"{name}_std"], table.seeds)]
     lines = [list(shown.columns), ["---"] * shown.shape[1], *shown.values.tolist()]

@@ -23,17 +23,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, autocast, float_between, image_generators, int_at_least, nonempty_path,
-                   randn, run, to_uint8)
+from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
 
 import torch
-from torchvision.utils import make_grid
 
 import training
 from dataset import DOMAINS, balanced, load_domains
-from files import save_png
-from p1_ddpm.diffusion import as_input, ddpm_loss, noise_schedule, validation_loss
-from p1_ddpm.inference import Sampling, sample
+from p1_ddpm.diffusion import as_input, ddpm_loss, noise_schedule, require_noise, validation_loss
+from p1_ddpm.inference import sample_grid
 from p1_ddpm.model import UNet
 
 
@@ -59,25 +56,13 @@ def parse_args():
     return parser.parse_args()
 
 
-def save_samples(path, model, alphas_cumprod, device):
-    """A PNG grid of ten images a class, row d the label d, from noise that is the same at every call."""
-    labels = torch.arange(model.num_classes, device=device).repeat_interleave(10)
-    generators = image_generators(0, range(len(labels)))
-    noise = randn(generators, model.image_shape, device)
-    sampling = Sampling("dpmpp", min(16, len(alphas_cumprod) - 1), guidance=1.0, interval=(0, 1000))
-    *_, (_, images) = sample(model, alphas_cumprod, labels, noise, generators, sampling)
-    save_png(path, make_grid(to_uint8((images + 1) / 2).cpu(), nrow=10, padding=1))
-
-
 def main():
     args = parse_args()
     network = dict(channels=args.channels, blocks=args.blocks, dropout=args.dropout, num_classes=10 * len(args.domains),
                    condition="class", patch=2, image_channels=3, image_size=28)
     config = dict(network=network, schedule=dict(name=args.schedule, timesteps=args.timesteps), domains=args.domains)
     alphas_cumprod = noise_schedule(**config["schedule"])
-    if alphas_cumprod[-1] > 0.01:
-        raise UserError(f"with --schedule {args.schedule} the last of {args.timesteps} timesteps still shows the image "
-                        f"(alpha-bar {alphas_cumprod[-1]:.2f}), but sampling starts from noise; take more --timesteps")
+    require_noise(alphas_cumprod, args.schedule)
     if any(width % 8 for width in args.channels):
         raise UserError(f"--channels {args.channels} must be multiples of 8, the groups of the normalisation")
     process, saved = training.start(args, "p1_ddpm")
@@ -88,13 +73,12 @@ def main():
     total = args.epochs * per_epoch
 
     training.seed_all(args.seed)
-    model = UNet(**config["network"]).to(device)
+    model = UNet(**network).to(device)
     parts = training.make_parts(model, training.make_optimizers(model, args), process, saved)
     parallel = training.distribute(model, process)
+    shown = torch.arange(model.num_classes, device=device).repeat_interleave(10)  # ten samples a class
     metrics, means = saved["metrics"] if saved else [], training.Means()
-    if process.rank == 0:
-        print(f"{len(images)} images, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, "
-              f"{process.dtype or torch.float32}, {process.count} process(es), {total} steps", flush=True)
+    training.announce(f"{len(images)} images", process, total, model)
 
     for step in training.steps(args, process, saved, total):
         batch = training.batch_indices(step, len(images), args, process)
@@ -113,10 +97,9 @@ def main():
         training.log(metrics, means, step, per_epoch, args, parts, process)
         if process.rank == 0:
             description = dict(kind="p1_ddpm", config=config, recipe=training.recipe(args), metrics=metrics)
-            training.save_model(args.output_dir, parts.ema, **description)
-            if len(metrics) % args.sample_every == 0 or step + 1 == total:
-                save_samples(args.output_dir / f"samples_{step + 1:06d}.png", parts.ema, alphas_cumprod, device)
-            training.save_training(args.output_dir, parts, step, **description)
+            wanted = len(metrics) % args.sample_every == 0 or step + 1 == total
+            samples = sample_grid(parts.ema, alphas_cumprod, shown, 10) if wanted else None
+            training.save(args.output_dir, parts, step, description, samples)
 
 
 if __name__ == "__main__":

@@ -16,24 +16,19 @@ from utils import UserError, argument_parser, float_between, nonempty_path, run
 
 import numpy as np
 
-from dataset import read_rgb
+from dataset import list_images, read_rgb
 
 
-def read_images(folder):
-    """{name: float64 array (H, W, 3), 0 ... 255} of the PNG files in `folder`.
+def read_folder(folder):
+    """{name: float64 array (H, W, 3), 0 ... 255} of the images in `folder`.
 
     Floats, because the difference of two uint8 wraps round: 3 - 5 would be 254.
     """
-    if not Path(folder).is_dir():
-        raise UserError(f"there is no folder {folder}; name one that holds PNG images")
-    paths = sorted(path for path in Path(folder).glob("*.png") if not path.name.startswith("."))
-    if not paths:
-        raise UserError(f"there are no PNG images in {folder}; name another folder")
-    return {path.name: np.asarray(read_rgb(path), np.float64) for path in paths}
+    return {name: np.asarray(read_rgb(Path(folder) / name), np.float64) for name in list_images(folder)}
 
 
 def mean_squared_errors(images, truths):
-    """{name: MSE over all pixels and channels} for the names that both dicts of read_images have."""
+    """{name: MSE over all pixels and channels} for the names that both dicts of read_folder have."""
     errors = {}
     for name in sorted(images.keys() & truths.keys()):
         if images[name].shape != truths[name].shape:
@@ -49,7 +44,7 @@ def main():
     parser.add_argument("truth_dir", type=nonempty_path, help="folder of the ground truth")
     parser.add_argument("--baseline", type=float_between(0), default=20.0, help="highest mean MSE that passes")
     args = parser.parse_args()
-    images, truths = read_images(args.output_dir), read_images(args.truth_dir)
+    images, truths = read_folder(args.output_dir), read_folder(args.truth_dir)
     errors = mean_squared_errors(images, truths)
     for name, error in errors.items():
         print(f"{name}  {error:.4f}")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from files import load_torch, make_output_dir, save_png
 from p2_ddim.ddim import T, ddim, stretch, timesteps
-from p2_ddim.model import load_model, place
+from p2_ddim.model import load_model
 from UNet import STRIDE
 
 PIXELS = 256 * 256  # in a batch: as many keep every core busy, and more do not make an image cheaper
@@ -110,7 +110,7 @@ def main():
     # Sampling noise is keyed by a file's place in the folder, so neither batch nor --skip_existing changes an image.
     todo = [i for i, target in enumerate(targets) if not (args.skip_existing and is_whole_png(target))]
     batch_size = args.batch_size or max(1, PIXELS // load_noise(paths[0])[0, 0].numel())
-    model = place(load_model(args.checkpoint), device)
+    model = load_model(args.checkpoint, device)
 
     def generate(batch):
         noise = torch.cat([load_noise(paths[i]) for i in batch]).to(device)

@@ -8,8 +8,8 @@ from UNet import UNet, channel_of
 FREQUENCIES = "time.0.inv_freq"
 
 
-def load_model(path):
-    """The UNet whose weights `path` holds, in evaluation mode on the CPU; its width follows from the weights.
+def load_model(path, device="cpu"):
+    """The UNet whose weights `path` holds, in evaluation mode; its width follows from the weights.
 
     Takes the course's UNet.pt, files of train.py, and what others have wrapped in their own ways (files.find_weights).
     UserError for anything else.
@@ -27,9 +27,6 @@ def load_model(path):
     if FREQUENCIES not in weights or weights[FREQUENCIES].dtype in (torch.float16, torch.bfloat16):
         weights[FREQUENCIES] = model.time[0].inv_freq
     load_weights(model, weights, path)
-    return model.eval()
-
-
-def place(model, device):
-    """The model on `device`; on a CPU with channels last, the memory layout in which it is faster there."""
-    return model.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.contiguous_format)
+    # With channels last a CPU is faster.
+    layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
+    return model.to(device, memory_format=layout).eval()

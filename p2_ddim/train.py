@@ -29,8 +29,8 @@ from torchvision.utils import make_grid
 
 import training
 from dataset import read_image_source
-from files import save_png
 from p2_ddim.ddim import T, ddpm_loss, noise_schedule, sample, stretch
+from transforms import random_mirror
 from UNet import STRIDE, UNet
 
 
@@ -51,8 +51,7 @@ def parse_args():
 def draw_batch(images):
     """(x0, t) for uint8 images (B, 3, H, W): float32 in [-1, 1], each mirrored or not, and timesteps, int64 (B,)."""
     count, device = len(images), images.device
-    x0 = images.float() / 127.5 - 1
-    x0 = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
+    x0 = random_mirror(images.float() / 127.5 - 1)
     # Uniform t, but one in each B-th of the range: a less noisy gradient (Kingma et al. 2021, appendix I.1).
     t = (torch.rand(1, device=device) + torch.arange(count, device=device) / count) % 1
     return x0, (t * T).long().clamp(max=T - 1)
@@ -66,7 +65,7 @@ def main():
     except ValueError as error:
         raise UserError(f"--channel {args.channel} does not fit: {error}")
     process, saved = training.start(args, "p2_ddim")
-    images = read_image_source(args.data_dir, args.size).to(process.device)
+    images = read_image_source(args.data_dir, args.size)[0].to(process.device)
     per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch
 
@@ -76,9 +75,7 @@ def main():
     alphas_cumprod = noise_schedule().to(process.device)
     grid_noise = randn(image_generators(args.seed, range(16)), (3, args.size, args.size), process.device)
     metrics, means = saved["metrics"] if saved else [], training.Means()
-    if process.rank == 0:
-        print(f"{len(images)} images, {sum(p.numel() for p in model.parameters()):,} parameters, {process.device}, "
-              f"{process.dtype or torch.float32}, {process.count} process(es), {total} steps", flush=True)
+    training.announce(f"{len(images)} images", process, total, model)
 
     for step in training.steps(args, process, saved, total):
         x0, t = draw_batch(images[training.batch_indices(step, len(images), args, process)])
@@ -94,10 +91,8 @@ def main():
         if process.rank == 0:
             config = dict(channel=args.channel, size=args.size)
             description = dict(kind="p2_ddim", config=config, recipe=training.recipe(args), metrics=metrics)
-            training.save_model(args.output_dir, parts.ema, **description)
             faces = [stretch(sample(parts.ema, noise)) for noise in grid_noise.split(args.batch_size)]
-            save_png(args.output_dir / f"samples_{step + 1:06d}.png", make_grid(torch.cat(faces), nrow=4))
-            training.save_training(args.output_dir, parts, step, **description)
+            training.save(args.output_dir, parts, step, description, make_grid(torch.cat(faces), nrow=4))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Augmentation(NamedTuple):
 
 
 # A digit of MNIST-M is alone, and learns what street numbers look like: larger, and with neighbours. SVHN's have both
-# already. USPS' are alone, too, but so far only ever adapted to, and stay as they are.
+# already, and USPS', which are never the source here, need neither.
 AUGMENTATIONS = {"mnistm": Augmentation(zoom=(0.9, 1.5), neighbours=True),
                  "svhn": Augmentation(zoom=(0.9, 1.15), neighbours=False),
                  "usps": Augmentation(zoom=(0.9, 1.15), neighbours=False)}

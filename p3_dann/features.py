@@ -22,7 +22,6 @@ from sklearn.preprocessing import StandardScaler
 
 import plots
 from dataset import DOMAIN_NAMES, DOMAINS, load_split
-from files import check_output_file
 from p3_dann.augment import standardize
 from p3_dann.methods import METHODS
 from p3_dann.model import load_model
@@ -97,8 +96,8 @@ def main():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the sample and the embedding")
     args = parser.parse_args()
+    plots.check_figure(args.figure)
     model, recipe = load_model(args.checkpoint)
-    check_output_file(args.figure)
     source, target = args.source or recipe["source"], args.target or recipe["target"]
     distance = picture(args.figure, model, recipe, args.data_dir, source, target, seed=args.seed)
     print(f"proxy A-distance {distance:.2f}; wrote {args.figure}")

@@ -51,11 +51,12 @@ def parse_args():
 def target_from_path(path):
     """The domain that the last telling component of the absolute `path` names, or None.
 
-    A component names a domain as a word of its own: .../SVHN/test and .../usps-test do, .../mysvhns does not.
+    A component names a domain as a word of its own: .../SVHN/test and .../usps-test do, .../mysvhns does not. One that
+    names several, such as svhn-from-mnistm, tells nothing.
     """
-    words = [word for part in Path(path).absolute().parts for word in re.split("[^a-z0-9]+", part.lower())]
-    named = [word for word in words if word in DOMAINS]
-    return named[-1] if named else None
+    parts = [set(re.split("[^a-z0-9]+", part.lower())).intersection(DOMAINS) for part in Path(path).absolute().parts]
+    named = next(filter(None, reversed(parts)), ())
+    return min(named) if len(named) == 1 else None
 
 
 def target_from_images(images):
@@ -73,7 +74,7 @@ def find_target(path, images):
     """(the domain of the `images` in the folder `path`, why); says on stderr where these two disagree."""
     named, looks = target_from_path(path), target_from_images(images)
     if named is None:
-        return looks, "by its colours, as the path names no domain"
+        return looks, "by its colours, as the path names no single domain"
     if named == "usps" and looks != "usps":
         print(f"warning: the path {path} names usps, but the images are coloured, as USPS never is: they are taken to "
               f"be {looks}; if that is wrong, say --target", file=sys.stderr)

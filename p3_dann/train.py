@@ -83,10 +83,8 @@ def main():
     objective = Objective(model, method, {flag: getattr(args, flag) for flag in method.flags})
     parallel = training.distribute(objective, process, static_graph=True)  # some methods leave the discriminator out
     metrics, means = saved["metrics"] if saved else [], training.Means()
-    if process.rank == 0:
-        print(f"{', '.join(f'{len(seen)} images of {domain}' for domain, seen in images.items())}, "
-              f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {process.dtype or torch.float32}, "
-              f"{process.count} process(es), {total} steps", flush=True)
+    seen = ", ".join(f"{len(of_domain)} images of {domain}" for domain, of_domain in images.items())
+    training.announce(seen, process, total, model)
 
     description = dict(kind="p3_dann", config=model.config, recipe=training.recipe(args), metrics=metrics)
     for step in training.steps(args, process, saved, total):

@@ -5,7 +5,7 @@
 
 Trains with each of --betas into a folder of --output_dir, unless that is done (an interrupted training goes on), judges
 1,000 samples of N(0, I) and of the fitted prior as face_grader.py does, which needs its packages, and writes a row each
-into --results. Prints the table as Markdown. --figures: the learning curve and the t-SNE embedding of the validation
+into --output. Prints the table as Markdown. --figures: the learning curve and the t-SNE embedding of the validation
 faces' mean latents, of the last of --betas.
 """
 
@@ -43,7 +43,7 @@ def parse_args():
     parser.add_argument("--count", type=int_at_least(2), default=1000, help="samples to judge")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p4_vae/output/studies",
                         help="where the trainings go, a folder each")
-    parser.add_argument("--results", type=nonempty_path, default=ROOT / "p4_vae/checkpoints/results.csv",
+    parser.add_argument("--output", type=nonempty_path, default=ROOT / "p4_vae/checkpoints/results.csv",
                         help="the file of results")
     parser.add_argument("--figures", type=nonempty_path, help="a folder for figures; none are made when not given")
     return parser.parse_args()
@@ -114,7 +114,7 @@ def draw_figures(folder, training, args):
 
 def main():
     args = parse_args()
-    check_output_file(args.results)
+    check_output_file(args.output)
     for beta in args.betas:
         train(args.output_dir / beta, beta, args)
     if args.figures:
@@ -122,7 +122,7 @@ def main():
     judge = Judge(args.data_dir)
     rows = [row for beta in args.betas for row in measure(args.output_dir / beta, beta, judge, args.count)]
     rows = pd.DataFrame(rows)
-    write_atomic(args.results, rows.to_csv(index=False).encode())
+    write_atomic(args.output, rows.to_csv(index=False).encode())
     lines = [list(rows.columns), ["---"] * rows.shape[1], *rows.astype(str).values.tolist()]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
 

@@ -29,10 +29,10 @@ from torchvision.utils import make_grid
 
 import training
 from faces import add_arguments, read_attributes, read_faces, split_faces
-from files import save_png
 from p4_vae.elbo import D, automatic_beta, kl_divergence, squared_errors
 from p4_vae.latents import attribute_directions, encode_all, fit_mixture
 from p4_vae.model import VAE
+from transforms import random_mirror
 
 
 def beta(text):
@@ -58,12 +58,12 @@ def parse_args():
 
 
 @torch.no_grad()
-def save_samples(path, model, faces, device):
-    """A PNG grid: up to sixteen `faces` (uint8), their reconstructions, and samples of fixed noise."""
+def sample_grid(model, faces, device):
+    """A picture, uint8 (3, H, W): up to sixteen uint8 `faces`, their reconstructions, and samples of fixed noise."""
     x = faces[:16].to(device).float() / 255
     z = randn(image_generators(0, range(16)), (model.latents,), device)
     images = torch.cat([x, model.decode(model.encode(x)[0]), model.decode(z)])
-    save_png(path, make_grid(to_uint8(images).cpu(), nrow=8, padding=1))
+    return make_grid(to_uint8(images).cpu(), nrow=8, padding=1)
 
 
 def describe(model, faces, attributes, seed):
@@ -94,13 +94,10 @@ def main():
     parts = training.make_parts(model, training.make_optimizers(model, args), process, saved)
     parallel = training.distribute(model, process)
     metrics, means = saved["metrics"] if saved else [], training.Means()
-    if process.rank == 0:
-        print(f"{len(images)} faces, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, "
-              f"{process.dtype or torch.float32}, {process.count} process(es), {total} steps", flush=True)
+    training.announce(f"{len(images)} faces", process, total, model)
 
     for step in training.steps(args, process, saved, total):
-        x = images[training.batch_indices(step, len(images), args, process)].float() / 255
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+        x = random_mirror(images[training.batch_indices(step, len(images), args, process)].float() / 255)
         with autocast(device, process.dtype):
             decoded, mean, log_variance = parallel(x, torch.randn(len(x), args.latents, device=device))
         mse, kl = squared_errors(decoded, x), kl_divergence(mean, log_variance)
@@ -115,10 +112,8 @@ def main():
             latents = describe(parts.ema, faces, attributes, args.seed) if step + 1 == total else {}
             description = dict(kind="p4_vae", config=config, recipe=training.recipe(args), metrics=metrics,
                                latents=latents)
-            training.save_model(args.output_dir, parts.ema, **description)
-            save_samples(args.output_dir / f"samples_{step + 1:06d}.png", parts.ema,
-                         held_out.images if len(held_out.images) else faces.images, device)
-            training.save_training(args.output_dir, parts, step, **description)
+            samples = sample_grid(parts.ema, held_out.images if len(held_out.images) else faces.images, device)
+            training.save(args.output_dir, parts, step, description, samples)
 
 
 if __name__ == "__main__":

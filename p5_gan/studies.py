@@ -4,7 +4,7 @@
     python3 p5_gan/studies.py --data_dir ... --recipes ours public --epochs 20
 
 Trains each recipe into a folder of --output_dir, unless that is done (an interrupted training goes on), judges 1,000
-samples as face_grader.py does, which needs its packages, and writes a row each into --results, with the seconds and the
+samples as face_grader.py does, which needs its packages, and writes a row each into --output, with the seconds and the
 images that the training took. Prints the table as Markdown.
 """
 
@@ -45,7 +45,7 @@ def parse_args():
     parser.add_argument("--count", type=int_at_least(2), default=1000, help="samples to judge")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p5_gan/output/studies",
                         help="where the trainings go, a folder each")
-    parser.add_argument("--results", type=nonempty_path, default=ROOT / "p5_gan/checkpoints/results.csv",
+    parser.add_argument("--output", type=nonempty_path, default=ROOT / "p5_gan/checkpoints/results.csv",
                         help="the file of results")
     return parser.parse_args()
 
@@ -70,12 +70,12 @@ def measure(folder, recipe, judge, count):
 
 def main():
     args = parse_args()
-    check_output_file(args.results)
+    check_output_file(args.output)
     for recipe in args.recipes:
         train(args.output_dir / recipe, recipe, args)
     judge = Judge(args.data_dir)
     rows = pd.DataFrame([measure(args.output_dir / recipe, recipe, judge, args.count) for recipe in args.recipes])
-    write_atomic(args.results, rows.to_csv(index=False).encode())
+    write_atomic(args.output, rows.to_csv(index=False).encode())
     lines = [list(rows.columns), ["---"] * rows.shape[1], *rows.astype(str).values.tolist()]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
 

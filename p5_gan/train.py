@@ -25,11 +25,13 @@ sys.path.insert(0, str(ROOT))
 from utils import argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run, to_uint8
 
 import torch
+from torchvision.utils import make_grid
 
 import training
-from faces import add_arguments, save_grid, training_faces
+from faces import add_arguments, training_faces
 from p5_gan.losses import LOSSES
 from p5_gan.model import Discriminator, Generator
+from transforms import random_mirror
 
 
 def parse_args():
@@ -56,11 +58,11 @@ def gradient_norm(network):
     return torch.stack([parameter.grad.norm() for parameter in network.parameters()]).norm()
 
 
-def save_samples(path, generator, device):
-    """A PNG grid of 32 faces from fixed latents."""
+def sample_grid(generator, device):
+    """A picture, uint8 (3, H, W), of 32 faces from fixed latents."""
     with torch.no_grad():
         images = generator(randn(image_generators(0, range(32)), (generator.latents,), device))
-    save_grid(path, to_uint8((images + 1) / 2).cpu())
+    return make_grid(to_uint8((images + 1) / 2).cpu(), nrow=8)
 
 
 def main():
@@ -82,20 +84,16 @@ def main():
     generate, discriminate = (training.distribute(network, process) for network in (generator, discriminator))
     discriminator_loss, generator_loss = LOSSES[args.loss]
     metrics, means = saved["metrics"] if saved else [], training.Means()
-    if process.rank == 0:
-        print(f"{len(images)} faces, {sum(p.numel() for p in generator.parameters()):,} and "
-              f"{sum(p.numel() for p in discriminator.parameters()):,} parameters, {device}, "
-              f"{process.dtype or torch.float32}, {process.count} process(es), {total} steps", flush=True)
+    training.announce(f"{len(images)} faces", process, total, generator, discriminator)
 
     for step in training.steps(args, process, saved, total):
-        real = images[training.batch_indices(step, len(images), args, process)].float() / 127.5 - 1
-        real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real.flip(3), real)
+        real = random_mirror(images[training.batch_indices(step, len(images), args, process)].float() / 127.5 - 1)
         factor, decay = training.warmup_cosine(step, total, args.warmup), training.ema_decay(args.ema, step)
         with autocast(device, process.dtype):
             generated = generate(torch.randn(len(real), args.latents, device=device))
             on_real, on_generated = discriminate(torch.cat([real, generated.detach()])).chunk(2)
             loss = discriminator_loss(on_real, on_generated)
-        training.update(other, loss, factor, 0.0, clip=0)
+        training.update(other, loss, factor, 0.0, clip=None)
         right = torch.cat([on_real > 0, on_generated < 0]).float()
         means.add(real_logit=on_real, generated_logit=on_generated, accuracy=right, discriminator_loss=loss,
                   discriminator_gradient=gradient_norm(discriminator), augmented=discriminator.augment.share)
@@ -105,7 +103,7 @@ def main():
         discriminator.requires_grad_(False)
         with autocast(device, process.dtype):
             loss = generator_loss(discriminator(generated))
-        training.update(player, loss, factor, decay, clip=0)
+        training.update(player, loss, factor, decay, clip=None)
         discriminator.requires_grad_(True)
         means.add(generator_loss=loss, generator_gradient=gradient_norm(generator))
         if not training.due(args, step, total):
@@ -113,12 +111,11 @@ def main():
         training.log(metrics, means, step, per_epoch, args, player, process)
         if process.rank == 0:
             description = dict(kind="p5_gan", config=config, recipe=training.recipe(args), metrics=metrics)
-            training.save_model(args.output_dir, player.ema, **description)
-            save_samples(args.output_dir / f"samples_{step + 1:06d}.png", player.ema, device)
             weights = discriminator.state_dict()
             rest = dict(model=weights, ema=weights, optimizer=[o.state_dict() for o in other.optimizers],
                         scaler=other.scaler.state_dict())
-            training.save_training(args.output_dir, player, step, **description, discriminator=rest)
+            training.save(args.output_dir, player, step, description, sample_grid(player.ema, device),
+                          discriminator=rest)
 
 
 if __name__ == "__main__":

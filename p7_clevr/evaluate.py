@@ -24,9 +24,9 @@ import torch
 from scipy import ndimage
 
 from dataset import read_images
-from p1_ddpm.evaluate import frechet_distance
+from digit_classifier import frechet_distance
+from p1_ddpm.diffusion import as_input
 from p7_clevr.evaluator import CHECKPOINTS, Evaluator
-from p7_clevr.inference import as_input
 from p7_clevr.scenes import CONDITIONS, SIZE, empty_background, multi_hot, read_conditions, read_scenes
 
 

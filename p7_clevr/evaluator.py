@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from files import find_weights, load_torch, load_weights
+from files import load_torch, load_weights
 from p1_ddpm.model import ResidualBlock, timestep_embedding
 from p7_clevr.scenes import OBJECTS
 
@@ -97,7 +97,7 @@ def load_grader(path, device="cpu"):
     config = content.get("config") if isinstance(content, dict) else None
     config = config if isinstance(config, dict) and config.get("network") in NETWORKS else {"network": "resnet18"}
     model = NETWORKS[config["network"]]()
-    load_weights(model, find_weights(content, model.state_dict(), path), path)
+    load_weights(model, content, path)
     return model.to(device).eval().requires_grad_(False), config
 
 

@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from files import make_output_dir, save_png
-from p1_ddpm.diffusion import SAMPLERS, guided_predictor
+from p1_ddpm.diffusion import SAMPLERS, as_input, guided_predictor
 from p1_ddpm.inference import Sampling, add_sampling_arguments, sampling_of, visited_timesteps
 from p7_clevr.evaluator import CHECKPOINTS, Evaluator, load_grader
 from p7_clevr.guidance import algorithm_1, algorithm_2, clean_gradient, noisy_gradient
@@ -115,11 +115,6 @@ def generate(model, alphas_cumprod, scenes, sampling, seed, device, batch_size=3
               disable=None) as bar:
         for batch, (images, states) in in_batches(images_of, scenes, batch_size):
             yield batch, images, states
-
-
-def as_input(images):
-    """uint8 images as the evaluators take them: float in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def strip_timesteps(timesteps, states=8):

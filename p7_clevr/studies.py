@@ -9,7 +9,6 @@ Markdown: mean and standard deviation where settings differ in the seed alone. T
 their own and the seeds 11 to 13; those reported, "seeds" and "fidelity", took part in no choice.
 """
 
-import hashlib
 import itertools
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 
 from files import check_output_file, load_checkpoint, write_atomic
 from p1_ddpm.inference import Sampling, sampling_of
+from p1_ddpm.studies import as_text, digest_of, markdown
 from p7_clevr.evaluate import Judge
 from p7_clevr.evaluator import CHECKPOINTS
 from p7_clevr.inference import add_scene_arguments, generate, load_guide, load_scenes_model
@@ -75,11 +75,6 @@ def parse_args():
     return parser.parse_args()
 
 
-def as_text(setting):
-    """{flag: its value as results.csv spells it}."""
-    return {flag: "{:g} to {:g}".format(*setting[flag]) if flag == "interval" else str(setting[flag]) for flag in FLAGS}
-
-
 def measure(model, alphas_cumprod, judge, setting, device, batch_size):
     """The MEASURES of a setting, a dict with the keys FLAGS."""
     sets = sets_of(setting["sets"], judge)
@@ -93,30 +88,13 @@ def measure(model, alphas_cumprod, judge, setting, device, batch_size):
     return {name: round(measures[name], decimals) for name, decimals in MEASURES.items()}
 
 
-def means(rows):
-    """Rows that differ in the seed alone made one: mean and `_std` of each measure, and the number of `seeds`."""
-    groups = rows.groupby(["condition", *(flag for flag in FLAGS if flag != "seed")], sort=False)[list(MEASURES)]
-    return groups.mean().join(groups.std().add_suffix("_std")).join(groups.size().rename("seeds")).reset_index()
-
-
-def markdown(rows):
-    """The means of some rows of results as a Markdown table of the flags that vary and the measures."""
-    table = means(rows)
-    shown = table[[flag for flag in ["condition", *FLAGS] if flag in table and table[flag].nunique() > 1]].astype(str)
-    for name, decimals in MEASURES.items():
-        shown[name] = [f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if seeds > 1 else "")
-                       for mean, std, seeds in zip(table[name], table[f"{name}_std"], table.seeds)]
-    lines = [list(shown.columns), ["---"] * shown.shape[1], *shown.values.tolist()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main():
     args = parse_args()
     device = pick_device(args.device)
     check_output_file(args.output)
     model, alphas_cumprod = load_scenes_model(args, device)
     checkpoint = load_checkpoint(args.checkpoint, "p7_clevr", ["metrics", "config"])
-    about = dict(checkpoint=hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:8],
+    about = dict(checkpoint=digest_of(args.checkpoint),
                  condition=checkpoint["config"]["network"]["condition"],
                  epochs=f"{checkpoint['metrics'][-1]['epoch']:g}")
     flags = dict(DEFAULTS, **sampling_of(args)._asdict(), weights=args.weights)
@@ -126,7 +104,7 @@ def main():
         for changes in TABLES[name]:
             setting = {**flags, **changes}
             setting["steps"] = min(setting["steps"], len(alphas_cumprod) - 1)
-            row = dict(about, **as_text(setting))
+            row = dict(about, **as_text(setting, FLAGS))
             same = [old for old in rows if all(str(old[key]) == value for key, value in row.items())]
             if any(old["table"] == name for old in same):
                 continue
@@ -136,7 +114,8 @@ def main():
             print(rows[-1], flush=True)
             write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
         made = pd.DataFrame(rows).query("table == @name")
-        print(f"\n{name}\n\n{markdown(made.astype(dict.fromkeys(MEASURES, float)))}\n", flush=True)
+        table = markdown(made.astype(dict.fromkeys(MEASURES, float)), ["condition", *FLAGS], MEASURES)
+        print(f"\n{name}\n\n{table}\n", flush=True)
 
 
 if __name__ == "__main__":

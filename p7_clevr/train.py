@@ -18,20 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, autocast, float_between, image_generators, int_at_least, nonempty_path,
-                   randn, run, to_uint8)
+from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
 
-import torch
-from torchvision.utils import make_grid
 
-from files import save_png
-from p1_ddpm.diffusion import ddpm_loss
-from p1_ddpm.inference import Sampling
-from p7_clevr.inference import sample
+import training
+from p1_ddpm.diffusion import as_input, ddpm_loss, require_noise
+from p1_ddpm.inference import sample_grid
 from p7_clevr.model import SceneUNet, scene_schedule
 from p7_clevr.scenes import multi_hot, official_sets, read_scenes
-from training import (Means, add_arguments, batch_indices, distribute, due, ema_decay, log, make_optimizers, make_parts,
-                      recipe, save_model, save_training, seed_all, start, steps, steps_per_epoch, update, warmup_cosine)
 
 
 def parse_args():
@@ -39,7 +33,8 @@ def parse_args():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p7_clevr/output/scenes",
                         help="where checkpoints go")
-    add_arguments(parser, epochs=200, batch_size=64, lr=8e-4, warmup=300, weight_decay=0.01, ema=0.999, save_every=200)
+    training.add_arguments(parser, epochs=200, batch_size=64, lr=8e-4, warmup=300, weight_decay=0.01, ema=0.999,
+                           save_every=200)
     parser.add_argument("--all_scenes", action="store_true",
                         help="train on those scenes and sets as well that are kept for the graders and for measuring")
     parser.add_argument("--sample_every", type=int_at_least(1), default=5, help="checkpoints between sample grids")
@@ -59,62 +54,49 @@ def parse_args():
     return parser.parse_args()
 
 
-def save_samples(path, model, alphas_cumprod, device):
-    """A PNG grid of the scenes of test.json, eight a row, from noise that is the same at every call."""
-    labels = multi_hot(official_sets()["test"]).to(device)
-    generators = image_generators(0, range(len(labels)))
-    noise = randn(generators, model.image_shape, device)
-    sampling = Sampling("dpmpp", min(16, len(alphas_cumprod) - 1), guidance=1.0, interval=(0, 1000))
-    *_, (_, images) = sample(model, alphas_cumprod, labels, noise, generators, sampling)
-    save_png(path, make_grid(to_uint8((images + 1) / 2).cpu(), nrow=8, padding=1))
-
-
 def main():
     args = parse_args()
     config = dict(network=dict(channels=args.channels, blocks=args.blocks, dropout=args.dropout,
                                condition=args.condition, patch=args.patch),
                   schedule=dict(name=args.schedule, timesteps=args.timesteps, shift=args.shift))
     alphas_cumprod = scene_schedule(**config["schedule"])
-    if alphas_cumprod[-1] > 0.01:
-        raise UserError(f"with --schedule {args.schedule} the last of {args.timesteps} timesteps still shows the image "
-                        f"(alpha-bar {alphas_cumprod[-1]:.2f}), but sampling starts from noise; take more --timesteps")
-    seed_all(args.seed)
+    require_noise(alphas_cumprod, args.schedule)
+    training.seed_all(args.seed)
     try:
         model = SceneUNet(**config["network"])
     except ValueError as error:
         raise UserError(f"--channels {args.channels} and --patch {args.patch} do not fit together: {error}")
-    process, saved = start(args, "p7_clevr")
+    process, saved = training.start(args, "p7_clevr")
     device = process.device
     images, conditions, _ = read_scenes(args.data_dir, None if args.all_scenes else "generator")
     images, conditions, alphas_cumprod = images.to(device), conditions.to(device), alphas_cumprod.to(device)
-    per_epoch = steps_per_epoch(len(images), args.batch_size)
+    per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch
 
-    parts = make_parts(model.to(device), make_optimizers(model, args), process, saved)
-    network = distribute(model, process)
-    metrics, means = saved["metrics"] if saved else [], Means()
-    if process.rank == 0:
-        print(f"{len(images)} images, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, "
-              f"{process.dtype or torch.float32}, {process.count} process(es), {total} steps, {per_epoch} an epoch")
+    parts = training.make_parts(model.to(device), training.make_optimizers(model, args), process, saved)
+    parallel = training.distribute(model, process)
+    shown = multi_hot(official_sets()["test"]).to(device)  # what is sampled
+    metrics, means = saved["metrics"] if saved else [], training.Means()
+    training.announce(f"{len(images)} images", process, total, model)
 
-    for step in steps(args, process, saved, total):
-        batch = batch_indices(step, len(images), args, process)
-        x0, condition = images[batch].float() / 127.5 - 1, conditions[batch]
+    for step in training.steps(args, process, saved, total):
+        batch = training.batch_indices(step, len(images), args, process)
+        x0, condition = as_input(images[batch]), conditions[batch]
         with autocast(device, process.dtype):
-            t, loss = ddpm_loss(network, x0, condition, model.null(condition), alphas_cumprod, args.label_drop)
+            t, loss = ddpm_loss(parallel, x0, condition, model.null(condition), alphas_cumprod, args.label_drop)
         means.add(loss_eps=loss * alphas_cumprod[t])
         loss = loss * (args.shift**2 + (1 - args.shift**2) * alphas_cumprod[t]).float()  # of v of such pictures
-        update(parts, loss.mean(), warmup_cosine(step, total, args.warmup), ema_decay(args.ema, step))
+        training.update(parts, loss.mean(), training.warmup_cosine(step, total, args.warmup),
+                        training.ema_decay(args.ema, step))
         means.add(loss=loss)
         means.add_quarters("loss_quarters", loss, t, args.timesteps)
-        if due(args, step, total):
-            log(metrics, means, step, per_epoch, args, parts, process)
+        if training.due(args, step, total):
+            training.log(metrics, means, step, per_epoch, args, parts, process)
             if process.rank == 0:
-                description = dict(kind="p7_clevr", config=config, recipe=recipe(args), metrics=metrics)
-                save_model(args.output_dir, parts.ema, **description)
-                if len(metrics) % args.sample_every == 0 or step + 1 == total:
-                    save_samples(args.output_dir / f"samples_{step + 1:06d}.png", parts.ema, alphas_cumprod, device)
-                save_training(args.output_dir, parts, step, **description)
+                description = dict(kind="p7_clevr", config=config, recipe=training.recipe(args), metrics=metrics)
+                wanted = len(metrics) % args.sample_every == 0 or step + 1 == total
+                samples = sample_grid(parts.ema, alphas_cumprod, shown, 8) if wanted else None
+                training.save(args.output_dir, parts, step, description, samples)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,11 @@ from utils import argument_parser, autocast, float_between, nonempty_path, run
 import torch
 import torch.nn.functional as F
 
-from files import save_checkpoint
-from p1_ddpm.diffusion import diffuse
+import training
+from p1_ddpm.diffusion import as_input, diffuse
 from p7_clevr.evaluator import NETWORKS, top_k_hits
 from p7_clevr.model import scene_schedule
 from p7_clevr.scenes import empty_background, read_scenes
-from training import (Means, add_arguments, batch_indices, distribute, due, ema_decay, log, make_optimizers, make_parts,
-                      recipe, save_training, seed_all, start, steps, steps_per_epoch, update, warmup_cosine)
 from transforms import random_affine, uniform
 
 SCHEDULE = dict(name="cosine", timesteps=1000, shift=3.0)  # the generator's
@@ -37,7 +35,8 @@ def parse_args():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p7_clevr/output/evaluator",
                         help="where checkpoints go")
-    add_arguments(parser, epochs=20, batch_size=64, lr=1e-3, warmup=100, weight_decay=0.05, ema=0.998, save_every=280)
+    training.add_arguments(parser, epochs=20, batch_size=64, lr=1e-3, warmup=100, weight_decay=0.05, ema=0.998,
+                           save_every=280)
     parser.add_argument("--network", choices=sorted(NETWORKS), default="resnet18", help="which grader")
     parser.add_argument("--noisy", action="store_true", help="train on noisy pictures, to guide")
     parser.add_argument("--paste", type=float_between(0, 1), default=0.3,
@@ -70,7 +69,7 @@ def accuracy(model, images, labels, noisy_at=None):
     hits = 0
     stream = torch.Generator().manual_seed(0)
     for batch, label in zip(images.split(256), labels.split(256)):
-        x, t = batch.float() / 127.5 - 1, None
+        x, t = as_input(batch), None
         if noisy_at:
             t = torch.full((len(x),), noisy_at[0], device=x.device)
             x = diffuse(x, t, torch.randn(x.shape, generator=stream).to(x.device), noisy_at[1])
@@ -80,48 +79,46 @@ def accuracy(model, images, labels, noisy_at=None):
 
 def main():
     args = parse_args()
-    process, saved = start(args, "p7_clevr_evaluator")
+    process, saved = training.start(args, "p7_clevr_evaluator")
     device = process.device
     images, labels, held_out_images, held_out_labels = (
         tensor.to(device) for part in ("grader", "held_out") for tensor in read_scenes(args.data_dir, part)[:2])
     alphas_cumprod = scene_schedule(**SCHEDULE).to(device)
-    background = empty_background(images) / 127.5 - 1
+    background = as_input(empty_background(images))
     equal = (alphas_cumprod - 0.5).abs().argmin().item()  # where signal and noise have the same variance
-    per_epoch = steps_per_epoch(len(images), args.batch_size)
+    per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch
     config = dict(network=args.network, **(dict(schedule=SCHEDULE) if args.noisy else {}))
 
-    seed_all(args.seed)
+    training.seed_all(args.seed)
     model = NETWORKS[args.network]().to(device)
-    parts = make_parts(model, make_optimizers(model, args), process, saved)
-    metrics, means = saved["metrics"] if saved else [], Means()
-    network = distribute(model, process)
-    if process.rank == 0:
-        print(f"{len(images)} pictures, {len(held_out_images)} held out, "
-              f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {total} steps")
+    parts = training.make_parts(model, training.make_optimizers(model, args), process, saved)
+    metrics, means = saved["metrics"] if saved else [], training.Means()
+    parallel = training.distribute(model, process)
+    training.announce(f"{len(images)} pictures, {len(held_out_images)} held out", process, total, model)
 
-    for step in steps(args, process, saved, total):
-        batch = batch_indices(step, len(images), args, process)
-        x, y = augment(images[batch].float() / 127.5 - 1, labels[batch], background, args.paste)
+    for step in training.steps(args, process, saved, total):
+        batch = training.batch_indices(step, len(images), args, process)
+        x, y = augment(as_input(images[batch]), labels[batch], background, args.paste)
         t = torch.zeros(len(x), dtype=torch.int64, device=device)
         if args.noisy:
             t = torch.randint(0, len(alphas_cumprod), (len(x),), device=device)
             x = diffuse(x, t, torch.randn_like(x), alphas_cumprod)
         with autocast(device, process.dtype):
-            probabilities = network(x, t)
+            probabilities = parallel(x, t)
         loss = F.binary_cross_entropy(probabilities.float(), y, reduction="none").sum(1)
-        update(parts, loss.mean(), warmup_cosine(step, total, args.warmup), ema_decay(args.ema, step))
+        training.update(parts, loss.mean(), training.warmup_cosine(step, total, args.warmup),
+                        training.ema_decay(args.ema, step))
         means.add(loss=loss)
-        if due(args, step, total):
+        if training.due(args, step, total):
             means.add(accuracy=torch.tensor(accuracy(parts.ema, held_out_images, held_out_labels,
                                                      (equal, alphas_cumprod) if args.noisy else None)))
-            log(metrics, means, step, per_epoch, args, parts, process)
+            training.log(metrics, means, step, per_epoch, args, parts, process)
             if process.rank == 0:
-                description = dict(kind="p7_clevr_evaluator", config=config, recipe=recipe(args), metrics=metrics)
-                weights = {name: value.half() if name in dict(model.named_parameters()) else value
-                           for name, value in parts.ema.state_dict().items()}
-                save_checkpoint(args.output_dir / "model.pt", **{**description, "metrics": metrics[-1:]}, model=weights)
-                save_training(args.output_dir, parts, step, **description)
+                description = dict(kind="p7_clevr_evaluator", config=config, recipe=training.recipe(args),
+                                   metrics=metrics)
+                training.save_model(args.output_dir, parts.ema, **description)
+                training.save_training(args.output_dir, parts, step, **description)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Wall time and peak memory of every wrapper and of a training of every chapter, alone and beside a busy process.
 
-    python3 report/benchmark.py                         # 15 minutes on 2 CPU cores; nothing else should run there
+    python3 report/benchmark.py                         # half an hour on 2 CPU cores; nothing else should run there
     python3 report/benchmark.py --quick                 # two minutes: fewer images and steps; prints, writes nothing
     python3 report/benchmark.py --only p1 p3 --output benchmark.csv     # some chapters, into another file
     GOMP_SPINCOUNT=300000 python3 report/benchmark.py --quick --only p1
@@ -140,8 +140,9 @@ def machine(device):
     names = re.findall("model name\\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     processor = torch.cuda.get_device_name() if device == "cuda" else names[0] if names else platform.machine()
     spinning = os.environ.get("OMP_WAIT_POLICY") or os.environ.get("GOMP_SPINCOUNT", "default")
-    return dict(processor=processor, threads=torch.get_num_threads(), spinning=spinning,
-                python=platform.python_version(), torch=torch.__version__)
+    instructions = re.findall(r"CPU capability usage: (\w+)", torch.__config__.show())
+    return dict(processor=processor, instructions=" ".join(instructions), threads=torch.get_num_threads(),
+                spinning=spinning, python=platform.python_version(), torch=torch.__version__)
 
 
 def parse_args():

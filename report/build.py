@@ -1,7 +1,7 @@
 """Rebuilds the reports: every figure, every number and the PDFs, from the checkpoints and hw2_data.
 
     python3 report/build.py                                # assignments/dlcv2023_hw2/report.pdf, and the others'
-    python3 report/build.py --assignment dlcv2023_hw2      # one of them; five minutes on 2 CPU cores
+    python3 report/build.py --assignment dlcv2023_hw2      # one of them; half an hour on 2 CPU cores
     python3 report/build.py --only p1                      # makes one part anew, takes the others as made last; where
                                                            # they never were, it writes report_p1.pdf
     python3 report/build.py --student_id r12345678         # assignments/dlcv2023_hw2/hw2_r12345678.pdf

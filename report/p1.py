@@ -13,8 +13,8 @@ import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torchvision.utils import make_grid
 
-from digit_classifier import classify
-from p1_ddpm.evaluate import Judge, frechet_distance, same_class_draw, summary
+from digit_classifier import classify, frechet_distance
+from p1_ddpm.evaluate import Judge, same_class_draw, summary
 from p1_ddpm.inference import Sampling, generate, sample
 from p1_ddpm.model import Attention, ResidualBlock, load_model
 from p1_ddpm.studies import DEFAULTS, FLAGS, TABLES, as_text, digest_of, means, settings

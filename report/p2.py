@@ -9,9 +9,9 @@ import torch
 from torchvision.utils import make_grid
 
 from p2_ddim.ddim import lerp, sample, slerp, stretch
-from p2_ddim.evaluate import mean_squared_errors, read_images
+from p2_ddim.evaluate import mean_squared_errors, read_folder
 from p2_ddim.inference import find_noises, load_noise
-from p2_ddim.model import load_model, place
+from p2_ddim.model import load_model
 from p2_ddim.studies import ALPHAS, ETAS, consistent, eta_grid, interpolation_strip, norm_table, steps_table
 
 
@@ -58,7 +58,7 @@ def steps_figure(path, curves):
 
 def read_truths(folder, noise_paths, shape):
     """{name: ground truth} of the noises; UserError for one of no noise or of another shape (H, W)."""
-    truths, names = read_images(folder), {f"{path.stem}.png" for path in noise_paths}
+    truths, names = read_folder(folder), {f"{path.stem}.png" for path in noise_paths}
     for name, truth in truths.items():
         if name not in names or truth.shape[:2] != shape:
             raise UserError(f"{folder / name} is no ground truth of these noises: a noise of that name and of "
@@ -77,7 +77,7 @@ def build(folder, unet, noise_dir, truth_dir, device, quick):
         raise UserError(f"{noise_dir} holds {len(paths)} noise files; the figures need at least 4")
     noises = [load_noise(path).to(device) for path in paths]
     truths = read_truths(truth_dir, paths, noises[0].shape[-2:]) if truth_dir else {}  # before hours of sampling
-    model, content = place(load_model(unet), device), load_torch(unet)
+    model, content = load_model(unet, device), load_torch(unet)
     steps, alphas, study = (2, ALPHAS[::5], dict(steps=(1, 2), reference=3)) if quick else (50, ALPHAS, {})
 
     faces = torch.cat([stretch(sample(model, noise, steps)) for noise in noises]).cpu()

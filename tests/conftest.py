@@ -15,7 +15,17 @@ import utils  # noqa: F401  before torch, as every script does
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For networks of a few channels a second thread costs more than it gives, tenfold where something else runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

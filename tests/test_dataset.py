@@ -83,10 +83,13 @@ def test_greys_of_any_depth_keep_what_they_show(tmp_path):
         Image.fromarray(values).save(tmp_path / name)
         assert np.array_equal(read(tmp_path / name), rgb(grey)), name
     colour = np.dstack([grey, pattern((28, 28, 2), 1)]).astype(int)
-    for name, values in {"16 colour": colour * 256 + 77, "8 in 16 colour": colour,
-                         "8 in 16 opaque": np.dstack([colour, 0 * grey + 255])}.items():
+    opaque, three = np.full((28, 28), 65535), np.dstack([grey] * 3)
+    for name, values, expected in (("16 colour", colour * 256 + 77, colour), ("8 in 16 colour", colour, colour),
+                                   ("8 in 16 opaque", np.dstack([colour, opaque]), colour),
+                                   ("8 in 16 with 8 of alpha", np.dstack([colour, opaque >> 8]), colour),
+                                   ("8 in 16 opaque grey", np.dstack([grey, opaque]), three)):
         (tmp_path / f"{name}.png").write_bytes(png16(values))
-        assert np.array_equal(read(tmp_path / f"{name}.png"), colour.transpose(2, 0, 1)), name
+        assert np.array_equal(read(tmp_path / f"{name}.png"), expected.transpose(2, 0, 1)), name
     Image.fromarray(np.full((28, 28), np.nan, np.float32)).save(tmp_path / "nan.tif")
     with pytest.raises(UserError, match="nan.tif cannot be read .it holds NaN"):
         read(tmp_path / "nan.tif")
@@ -192,15 +195,15 @@ def test_a_folder_and_a_zip_are_image_sources(tmp_path, capsys):
     shutil.make_archive(str(folder), "zip", folder)
     for source in (folder, tmp_path / "faces.zip"):
         capsys.readouterr()
-        images = dataset.read_image_source(source, 20)
-        assert images.shape == (3, 3, 20, 20)
+        images, names = dataset.read_image_source(source, 20)
+        assert images.shape == (3, 3, 20, 20) and names == ["10.PNG", "2.png", "1.png"]
         assert np.array_equal(images.permute(0, 2, 3, 1), colours[[2, 0, 1], 10:30])  # the centred square
         assert capsys.readouterr().err == f"passed over in {source}: list.txt\n"
-        images = dataset.read_image_source(source, 9, crop=(0, 5, 20, 25))
-        reference = Image.fromarray(colours[0, 5:25]).resize((9, 9), Image.Resampling.LANCZOS)
+        images, _ = dataset.read_image_source(source, 20, rows=(0, 40))  # stretched, not cut
+        reference = Image.fromarray(colours[0]).resize((20, 20), Image.Resampling.LANCZOS)
         assert np.array_equal(images[1].permute(1, 2, 0), reference)
-        with pytest.raises(UserError, match="has 20x40 pixels, which .0, 0, 21, 40. exceeds"):
-            dataset.read_image_source(source, 9, crop=(0, 0, 21, 40))
+        with pytest.raises(UserError, match="have 40 rows, and 5 to 41 are asked for"):
+            dataset.read_image_source(source, 9, rows=(5, 41))
     archive = (tmp_path / "faces.zip").read_bytes()
     (tmp_path / "faces.zip").write_bytes(archive.replace(b"IDAT", b"IDOT", 1))
     with pytest.raises(UserError, match=r"the image .*faces.zip/10.PNG cannot be read .Bad CRC"):
@@ -591,6 +594,12 @@ def test_command_line(public, tmp_path, monkeypatch, capsys):
                                           ("my data", "new", "my data lacks MNIST")):
         with pytest.raises(UserError, match=message):
             command("--source_dir", source_dir, "--data_dir", data_dir)
+    fcntl = pytest.importorskip("fcntl")
+    handle = os.open(tmp_path / "my data", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as another run has it
+    with pytest.raises(UserError, match="another run writes into my data"):
+        command("--source_dir", public[0], "--data_dir", "my data")
+    os.close(handle)
     with pytest.raises(SystemExit, match="2"):
         command("--source_dir", "", "--data_dir", "new")
     assert "--source_dir: the path is empty" in capsys.readouterr().err

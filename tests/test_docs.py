@@ -91,7 +91,8 @@ def test_a_flag_means_the_same_in_every_script():
 OTHER_NAMES = {
     "--learning_rate": "--lr", "--num_epochs": "--epochs", "--num_steps": "--steps", "--n_steps": "--steps",
     "--noise_steps": "--timesteps", "--n_timestep": "--timesteps", "--cfg_scale": "--guidance", "--mode": "--method",
-    "--out_dir": "--output_dir", "--out": "--output", "--data": "--data_dir", "--ckpt": "--checkpoint"}
+    "--out_dir": "--output_dir", "--out": "--output", "--results": "--output", "--data": "--data_dir",
+    "--ckpt": "--checkpoint"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

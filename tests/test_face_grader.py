@@ -16,7 +16,7 @@ from face_grader import (Judge, cut_grid, found_faces, frechet_distance, kernel_
 from faces import face_source, save_grid
 from utils import UserError
 
-torch.set_num_threads(1)  # for networks this small, a second thread costs more than it gives
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_images(count, seed=0):

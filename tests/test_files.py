@@ -68,12 +68,15 @@ def test_streams_are_written_to_and_never_replaced(tmp_path):
     reader.join(timeout=30)
     assert received == [b"content"] and pipe.is_fifo()
 
-    with open(tmp_path / "open", "wb") as file:  # what /dev/stdout is in a shell with > open
+    with open(tmp_path / "open", "wb", buffering=0) as file:  # what /dev/stdout is in a shell with > open
         (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{file.fileno()}")
         inode = os.fstat(file.fileno()).st_ino
+        file.write(b"printed before, ")
         files.write_atomic(tmp_path / "stdout", b"content")
+        files.write_atomic(f"/dev/fd/{file.fileno()}", b" twice")
+        file.write(b", and after")
     assert (tmp_path / "stdout").is_symlink() and (tmp_path / "open").stat().st_ino == inode
-    assert (tmp_path / "open").read_bytes() == b"content"
+    assert (tmp_path / "open").read_bytes() == b"printed before, content twice, and after"
     assert files.is_stream("/dev/null") and not files.is_stream(tmp_path) and not files.is_stream(tmp_path / "new")
 
 
@@ -113,6 +116,9 @@ def test_checkpoint_comes_back(tmp_path):
         files.load_checkpoint(path, "p3_dann", ["ema"])
     with pytest.raises(UserError, match="lacks optimizer, scaler"):
         files.load_checkpoint(path, "p1_ddpm", ["config", "optimizer", "scaler"])
+    files.save_checkpoint(path, kind="p1_ddpm", config={}, recipe=None, ema=ema)
+    with pytest.raises(UserError, match="lacks recipe"):
+        files.load_checkpoint(path, "p1_ddpm", ["config", "recipe"])
     torch.save({"format_version": 1, "kind": "p1_ddpm"}, path)
     with pytest.raises(UserError, match="has format 1, this code reads format 2"):
         files.load_checkpoint(path, "p1_ddpm", [])
@@ -142,7 +148,20 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path):
                                            (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear")])
 def test_what_is_more_than_tensors_is_named(tmp_path, foreign, name):
     torch.save({"state_dict": {"weight": torch.zeros(2)}, "other": foreign}, tmp_path / "file.pt")
-    with pytest.raises(UserError, match=rf"holds more than tensors and plain values \({name}.*save the weights alone"):
+    with pytest.raises(UserError, match=rf"holds more than tensors and plain values \({name}.*save tensors alone"):
+        files.load_torch(tmp_path / "file.pt")
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own about such tensors
+@pytest.mark.parametrize("change, how", [
+    (lambda x: x.to_sparse(), "of the layout torch.sparse_coo"), (lambda x: x.to("meta"), "without values"),
+    (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "that is quantized"),
+    (lambda x: torch.nested.nested_tensor([x, x]), "that is nested")])
+def test_tensors_that_cannot_be_computed_with_are_refused(tmp_path, monkeypatch, change, how):
+    content = {"net": [change(torch.ones(2, 3))]}
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: content)  # PyTorch 2.0 cannot load all of them
+    (tmp_path / "file.pt").touch()
+    with pytest.raises(UserError, match=f"file.pt holds a tensor {how}"):
         files.load_torch(tmp_path / "file.pt")
 
 
@@ -183,6 +202,8 @@ def prefixed(prefix, weights=WEIGHTS):
     {"state_dict": prefixed("model.module.")},
     {"ema": {"shadow": WEIGHTS, "updates": 3}, "model": OTHER}, {"model": OTHER, "ema_model": WEIGHTS},
     {"model": OTHER, "shadow": prefixed("module.")},
+    {"model": OTHER, "swa": {"n_averaged": torch.tensor(3), **prefixed("module.")}}, {"model": OTHER, "ema": [WEIGHTS]},
+    [WEIGHTS], (WEIGHTS, {"epoch": 3}), {"networks": {"unet": [prefixed("module.")]}},
     {"step": 3, "model": prefixed("model.", OTHER),  # lucidrains
      "ema": {**prefixed("ema_model."), **prefixed("online_model.", OTHER), "initted": torch.tensor(True)}},
 ])
@@ -204,11 +225,15 @@ def test_what_a_file_without_the_weights_holds_is_said(content, message):
 def test_weights_that_do_not_fit_are_named():
     layers = dict(first=torch.nn.Linear(3, 2), last=torch.nn.Linear(2, 1, bias=False))
     model = torch.nn.Sequential(collections.OrderedDict(layers))
-    files.load_weights(model, WEIGHTS, "file.pt")
+    files.load_weights(model, {"net": prefixed("module.")}, "file.pt")
     assert torch.equal(model.last.weight, WEIGHTS["last.weight"])
     wrong = {"first.weight": torch.ones(2, 4), "first.bias": torch.ones(2), "odd": torch.ones(1)}
     with pytest.raises(UserError, match=r"first.weight is \(2, 4\) and should be \(2, 3\); last.weight is missing .*; "
                                         r"odd is \(1,\) and should be absent"):
-        files.load_weights(model, files.find_weights(wrong, WEIGHTS, "file.pt"), "file.pt")
+        files.load_weights(model, wrong, "file.pt")
+    with pytest.raises(UserError, match="file.pt does not hold the weights .* which holds a NoneType"):
+        files.load_weights(model, None, "file.pt")
+    with pytest.raises(UserError, match=r"first.bias is missing and should be \(2,\)"):
+        files.load_weights(model, {**WEIGHTS, "first.bias": None}, "file.pt")
     with pytest.raises(UserError, match=r"file.pt hold NaN or infinity \(first.bias\)"):
         files.load_weights(model, {**WEIGHTS, "first.bias": torch.tensor([1.0, float("nan")])}, "file.pt")

@@ -29,6 +29,7 @@ from p1_ddpm.model import Attention, UNet, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(channels=[8, 16], blocks=1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_unet(seed=0, **config):
@@ -367,17 +368,8 @@ def run_train(data_dir, output_dir, *arguments):
          "--batch_size", 16, *arguments)
 
 
-@pytest.fixture
-def one_thread():
-    """Tiny networks are faster so, many times when something else runs beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("amp, optimizer", [("bf16", "adamw"), ("off", "muon")])
-def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkeypatch, one_thread, amp, optimizer):
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkeypatch, amp, optimizer):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = ["--epochs", 2, "--warmup", 3, "--dropout", 0.1, "--amp", amp, "--timesteps", 4, "--save_every", 3,
              "--optimizer", optimizer]
@@ -423,7 +415,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
         load_model(parts / "model.pt", "cpu", "model")
 
 
-def test_two_domains_are_twenty_classes_of_one_network(tmp_path, data_dir, one_thread):
+def test_two_domains_are_twenty_classes_of_one_network(tmp_path, data_dir):
     seen = []
 
     def labels_of(model, x0, condition, *rest):
@@ -464,8 +456,8 @@ def test_validation_loss_has_the_same_noise_at_every_call():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch, one_thread, optimizer):
-    monkeypatch.setattr(train, "save_samples", lambda *arguments: None)
+def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch, optimizer):
+    monkeypatch.setattr(train, "sample_grid", lambda *arguments: None)
     run_train(data_dir, tmp_path, "--channels", 16, 16, "--epochs", 10, "--warmup", 4, "--lr", 3e-3, "--save_every", 5,
               "--optimizer", optimizer)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -482,7 +474,7 @@ def test_two_processes_train_together(tmp_path, data_dir, torchrun):
     assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_a_dry_run_writes_nothing(tmp_path, data_dir, one_thread, capsys):
+def test_a_dry_run_writes_nothing(tmp_path, data_dir, capsys):
     run_train(data_dir, tmp_path / "out", "--dry_run")
     assert "dry run: two steps of 8 images went well" in capsys.readouterr().out and not (tmp_path / "out").exists()
 

@@ -22,7 +22,7 @@ from p4_vae.model import VAE, load_model
 from utils import UserError, image_generators
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(1)  # for networks this small, a second thread costs more than it gives
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed=0):
@@ -224,9 +224,7 @@ def test_training_resumes_bit_for_bit(data, trained, tmp_path, monkeypatch):
     assert whole["step"] == parts["step"] == 4
     for part in ("model", "ema"):
         assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
-    for name in ("samples_000004.png", "model.pt"):
-        ours, theirs = ((folder / name).read_bytes() for folder in (trained, tmp_path / "out"))
-        assert name == "model.pt" or ours == theirs
+    assert (trained / "samples_000004.png").read_bytes() == (tmp_path / "out/samples_000004.png").read_bytes()
     assert torch.equal(whole["latents"]["mixture"]["means"], parts["latents"]["mixture"]["means"])
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
@@ -314,17 +312,13 @@ def test_figures_are_drawn(trained, data, tmp_path, monkeypatch):
 
 # --- The wrapper --------------------------------------------------------------------------------
 
-def test_the_wrapper_writes_a_grid_and_answers_bad_input(trained, tmp_path):
+def test_the_wrapper_writes_a_grid(trained, tmp_path):
     (tmp_path / "link.sh").symlink_to(ROOT / "assignments/dlcv2020_hw3/hw3_p1.sh")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    good, bad = (subprocess.Popen(["bash", "link.sh", *map(str, flags)], cwd=tmp_path, env=environment, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                 for flags in (["a dir/out.png", "--checkpoint", trained / "model.pt"], [""]))
-    stdout, stderr = good.communicate(timeout=200)
-    assert good.returncode == 0 and stdout == "32 images in a dir/out.png\n", stderr
+    done = subprocess.run(["bash", "link.sh", "a dir/out.png", "--checkpoint", trained / "model.pt"], cwd=tmp_path,
+                          env=environment, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0 and done.stdout == "32 images in a dir/out.png\n", done.stderr
     assert Image.open(tmp_path / "a dir/out.png").size == (8 * 66 + 2, 4 * 66 + 2)
-    stdout, stderr = bad.communicate(timeout=200)
-    assert bad.returncode == 2 and "the path is empty" in stderr and "Traceback" not in stderr and not stdout
 
 
 def test_a_grid_is_what_its_suffix_says(trained, tmp_path, monkeypatch):

@@ -69,14 +69,10 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_and_alone():
-    """A small encoder, and one thread: tiny networks are faster so, many times when something else runs beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def small_encoder(one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(NETWORKS, "encoder", functools.partial(Encoder, (16, 16, 16), 16))
         yield
-    torch.set_num_threads(threads)
 
 
 def randomised(model, seed=0):
@@ -421,7 +417,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
 
     save_training = training.save_training
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_training", kill)
+        patch.setattr(training, "save_training", kill)
         run_train(data_dir, parts, *flags)
     assert load_checkpoint(parts / "last.pt", "p7_clevr", [])["step"] == 3
     run_train(data_dir, parts, *flags, "--resume")
@@ -439,7 +435,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
 
 
 def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch):
-    monkeypatch.setattr(train, "save_samples", lambda *arguments: None)
+    monkeypatch.setattr(train, "sample_grid", lambda *arguments: None)
     run_train(data_dir, tmp_path, "--epochs", 4, "--lr", 3e-3, "--save_every", 8, "--channels", 24, 8, "--patch", 4,
               "--timesteps", 1000)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

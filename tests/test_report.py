@@ -171,7 +171,7 @@ class Convolution(torch.nn.Conv2d):
 
 
 def build_p2(patch, chapters, output_dir, *flags):
-    patch.setattr(p2, "load_model", lambda path: Convolution())
+    patch.setattr(p2, "load_model", lambda path, device: Convolution())
     call(patch, build, "--quick", "--only", "p2", "--noise", chapters / "noise", "--output_dir", output_dir,
          "--device", "cpu", *flags)
 

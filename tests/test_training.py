@@ -49,8 +49,7 @@ def train(output_dir, *more, stop=None):
         if training.due(args, step, total):
             training.log(metrics, means, step, per_epoch, args, parts, process)
             description = dict(kind="made_up", config={}, recipe=training.recipe(args), metrics=metrics)
-            training.save_model(args.output_dir, parts.ema, **description)
-            training.save_training(args.output_dir, parts, step, **description)
+            training.save(args.output_dir, parts, step, description)
         if step == stop:
             break
     return metrics
@@ -104,7 +103,7 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
         try:
             training.start(flags(tmp_path), "made_up")
         except UserError as error:
-            os._exit(7 if "another training writes into" in str(error) else 8)
+            os._exit(7 if "another run writes into" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
@@ -118,6 +117,11 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_its_checkpoint(tm
     means.add(loss=torch.tensor([1.0, float("nan")]))
     with pytest.raises(UserError, match="the loss is not finite before step 8; .* lower --lr"):
         training.log(metrics, means, 7, 5, args, None, process)
+    means.add(loss=torch.ones(2))
+    network = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(network.weight, 1e6)  # infinite in half precision
+    with pytest.raises(UserError, match="the weights are not finite at step 8; .* lower --lr"):
+        training.log(metrics, means, 7, 5, args, training.make_parts(network, [], process), process)
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
@@ -126,14 +130,23 @@ def test_fewer_images_than_a_batch():
         training.steps_per_epoch(63, 64)
 
 
-@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "1"}])
+@pytest.mark.parametrize("variables", [
+    {}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "1"},
+    {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}])
 def test_without_torchrun_there_is_one_process(monkeypatch, tmp_path, variables):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():  # what a cluster leaves in the environment
         monkeypatch.setenv(name, value)
     process, saved = training.start(flags(tmp_path), "made_up")
     assert process == (torch.device("cpu"), None, 0, 1) and saved is None
+
+
+def test_what_begins_is_announced_once(capsys):
+    models = nn.Linear(1000, 2), nn.Linear(2, 1)
+    for rank in range(2):
+        training.announce("9 images", training.Process(torch.device("cpu"), torch.bfloat16, rank, 2), 30, *models)
+    assert capsys.readouterr().out == "9 images, 2,002 and 3 parameters, cpu, torch.bfloat16, 2 process(es), 30 steps\n"
 
 
 # --- At a step ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transforms import random_affine, uniform
+from transforms import random_affine, random_mirror, uniform
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,14 @@ def test_uniform_gives_each_image_its_number():
     assert numbers.shape == (1000, 1, 1, 1) and numbers.dtype == torch.float32
     assert -2 <= numbers.min() < -1.9 and 2.9 < numbers.max() <= 3
     assert torch.equal(uniform(0.5, 0.5, 3, "cpu").flatten(), torch.full((3,), 0.5))
+
+
+def test_half_of_the_images_are_mirrored():
+    images = torch.rand(1000, 2, 3, 4)
+    mirrored = random_mirror(images)
+    turned = (mirrored != images).flatten(1).any(dim=1)
+    assert torch.equal(mirrored[turned], images[turned].flip(3)) and torch.equal(mirrored[~turned], images[~turned])
+    assert 420 < turned.sum() < 580  # five standard deviations, of 16
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 28, 28), (2, 3, 17, 30), (1, 4, 64, 48)])

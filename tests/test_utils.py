@@ -1,12 +1,14 @@
 """startup.py and utils.py: threads, the schedule's values, keyed noise, a user's mistakes, streams that fail."""
 
 import argparse
+import errno
 import os
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import utils
 from utils import UserError
@@ -173,12 +175,28 @@ def test_a_script_outlives_the_reader_of_what_it_prints_and_a_stream_that_cannot
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_stream_whose_reader_is_gone_is_forgiven_and_a_full_disk_is_not(tmp_path, number):
+    with open(tmp_path / "stream", "w") as stream:
+        def fail(text):
+            raise OSError(number, "")
+        output = utils.Output(SimpleNamespace(write=fail, fileno=stream.fileno))
+        if number == errno.ENOSPC:
+            with pytest.raises(OSError):
+                output.write("text")
+        else:
+            output.write("text")
+        os.write(stream.fileno(), b"more")
+    assert (tmp_path / "stream").read_bytes() == b""
+    utils.Output(None).write("what Python has for a stream that is closed from the start")
+
+
 def test_threads_sleep_soon_unless_the_user_says_otherwise(tmp_path):
     body = ("import startup, os\nprint(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('KMP_BLOCKTIME'),"
             " 'torch' in sys.modules)")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "KMP", "OMP"))}
     path = script(tmp_path, body)
-    for mine, printed in (({}, "10000 1 False"), ({"GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "3"}, "7 3 False"),
+    for mine, printed in (({}, "1000 1 False"), ({"GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "3"}, "7 3 False"),
                           ({"OMP_WAIT_POLICY": "ACTIVE"}, "None None False")):
         done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300,
                               env={**clean, **mine})
