@@ -35,9 +35,10 @@ class UserError(Exception):
 class Output:
     """A text stream that outlives its reader: the work of a script is in its files, not in what it prints.
 
-    Characters that the stream cannot encode are escaped; once the reader or the terminal is gone, nothing is printed. A
-    full disk is an OSError.
+    Characters that the stream cannot encode are escaped; after an error nothing is printed. That a reader or a terminal
+    is gone is forgiven; any other error, such as a full disk, is kept in `error`.
     """
+    error = None
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None where the caller has closed it
@@ -59,7 +60,7 @@ class Output:
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for what Python writes at its end
             if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
+                self.error = error
 
 
 def run(main):
@@ -78,6 +79,8 @@ def run(main):
         try:
             main()
             sys.stdout.flush()
+            if sys.stdout.error:
+                raise sys.stdout.error
         except (UserError, OSError) as error:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
             status = 2

@@ -124,8 +124,8 @@ def exact_gaussian(alphas_cumprod, mean, std):
     return predict
 
 
-@pytest.mark.parametrize("name, steps, options", [("ddpm", 1000, {}), ("ddim", 200, {}), ("ddim", 1000, dict(eta=1.0)),
-                                                  ("dpmpp", 30, {})])
+@pytest.mark.parametrize("name, steps, options", [("ddpm", 1000, {}), ("ddim", 400, {}), ("ddim", 1000, dict(eta=1.0)),
+                                                  ("dpmpp", 60, {})])
 def test_samplers_reach_the_moments_of_a_gaussian(name, steps, options):
     mean, std = 0.3, 0.4
     alphas_cumprod = diffusion.noise_schedule()

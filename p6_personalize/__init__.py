@@ -1,0 +1,1 @@
+"""CLIP zero-shot classification, and textual inversion of concepts for Stable Diffusion."""

@@ -1,0 +1,109 @@
+"""Generates the images of learnt concepts that the course's input.json asks for.
+
+    bash assignments/dlcv2024_hw2/hw2_3.sh input.json out_dir sd-v1-4.ckpt --embeds NEW1.safetensors NEW2.safetensors
+    python3 p6_personalize/inference.py p6_personalize/tiny/concepts/input.json out_dir     # with the tiny pipeline
+
+Writes out_dir/<key>/<prompt>/source<key>_prompt<prompt>_<0..24>.png, 25 images a prompt. All concepts are loaded at
+once, so that one prompt may name several. The noise of an image depends on --seed, its prompt's place and its number. A
+run that was interrupted goes on where it stopped; images of other settings are replaced.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, amp_dtype, argument_parser, float_between, int_at_least, nonempty_path, pick_device, run
+
+from tqdm import tqdm
+
+from files import make_output_dir, save_png, write_atomic
+from p6_personalize.evaluate import file_name, folder_of
+from p6_personalize.model import HERE, PIPELINE, add_embeds, generate, load_pipeline
+from p6_personalize.prompts import IMAGES, read_requests
+
+EMBEDS = [HERE / "checkpoints/new1.safetensors", HERE / "checkpoints/new2.safetensors"]  # of the tiny pipeline
+
+
+def parse_args():
+    parser = argument_parser(__doc__)
+    parser.add_argument("input_json", type=nonempty_path, help="the concepts and their prompts")
+    parser.add_argument("output_dir", type=nonempty_path, help="folder for the images; made if need be")
+    parser.add_argument("checkpoint", type=nonempty_path, nargs="?", default=PIPELINE,
+                        help="the pipeline's folder or single file")
+    parser.add_argument("--embeds", type=nonempty_path, nargs="*", default=EMBEDS,
+                        help="learned_embeds files, one for each token")
+    parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
+    parser.add_argument("--guidance", type=float_between(1), default=7.5, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
+    parser.add_argument("--batch_size", type=int_at_least(1), default=5, help="images at a time")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+                        help="the networks' precision; auto takes what the device does fast")
+    return parser.parse_args()
+
+
+def check_tokens(requests, tokens, where):
+    """Says which prompts name no learnt token; UserError when a concept's own token has not been learnt."""
+    for request in requests:
+        if request.token not in tokens:
+            raise UserError(f"entry \"{request.key}\" of {where} asks for {request.token}, and --embeds brings "
+                            f"{', '.join(tokens) or 'nothing'}; train it with p6_personalize/train.py")
+        for prompt in request.prompts:
+            if request.token not in prompt:
+                print(f"the prompt {prompt!r} does not name {request.token} and will not show it", file=sys.stderr)
+
+
+def settings_of(args, requests):
+    """What decides how the images look, as a dict of plain types: settings.json."""
+    files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in args.embeds]
+    return dict(prompts=[request.prompts for request in requests], checkpoint=str(args.checkpoint.resolve()),
+                embeds=files, steps=args.steps, guidance=args.guidance, seed=args.seed)
+
+
+def open_folder(output_dir, settings, requests):
+    """Makes the folders; removes the images that were made with other settings. UserError on files that the scorer
+    would count as images."""
+    path = make_output_dir(output_dir) / "settings.json"
+    same = path.is_file() and path.read_text() == settings
+    for request in requests:
+        for number in range(len(request.prompts)):
+            folder = make_output_dir(folder_of(output_dir, request, number))
+            ours = {file_name(request, number, n) for n in range(IMAGES)}
+            for file in folder.iterdir():
+                if file.name.startswith(f".source{request.key}_"):  # a write that was killed
+                    file.unlink()
+                    continue
+                if file.name not in ours:
+                    raise UserError(f"{folder} holds {file.name}, which the scorer would count; move it away")
+                if not same:
+                    file.unlink()
+    write_atomic(path, settings.encode())
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    requests = read_requests(args.input_json)
+    pipe = load_pipeline(args.checkpoint, device, amp_dtype(args.amp, device))
+    check_tokens(requests, [add_embeds(pipe, path) for path in args.embeds], args.input_json)
+    open_folder(args.output_dir, json.dumps(settings_of(args, requests), indent=1), requests)
+
+    wanted = {1_000_000 * place + 1000 * number + n:
+              (folder_of(args.output_dir, request, number) / file_name(request, number, n), prompt)
+              for place, request in enumerate(requests) for number, prompt in enumerate(request.prompts)
+              for n in range(IMAGES)}
+    jobs = [(index, prompt) for index, (path, prompt) in wanted.items() if not path.exists()]
+    with tqdm(total=len(wanted), initial=len(wanted) - len(jobs), desc="images", disable=None) as bar:
+        for batch, images in generate(pipe, jobs, args.seed, args.steps, args.guidance, args.batch_size):
+            for (index, _), image in zip(batch, images):
+                save_png(wanted[index][0], image)
+            bar.update(len(batch))
+    print(f"{len(wanted)} images in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

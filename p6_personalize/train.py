@@ -1,0 +1,126 @@
+"""Learns one concept from three to ten pictures as a new word (textual inversion, Gal et al. 2022).
+
+    python3 p6_personalize/train.py hw2_data/textual_inversion/0 --checkpoint sd-v1-4.ckpt --initializer_token dog
+    python3 p6_personalize/train.py p6_personalize/tiny/concepts/0 --initializer_token sphere --batch_size 8
+    python3 p6_personalize/train.py FOLDER --initializer_token dog --dry_run     # two steps; --resume goes on
+
+--checkpoint is a folder in diffusers' format or Stable Diffusion 1's single file. Writes into --output_dir:
+    step_*/learned_embeds.safetensors   every --save_every steps, for pipe.load_textual_inversion; beside it
+                                        samples.png, eight images of --validation_prompt from fixed noise
+    learned_embeds.safetensors          the last one, or with --choose the one that CLIP likes best
+    last.pt, metrics.jsonl              for --resume; a line for each saved step
+
+Stable Diffusion 1 at 512x512 fits into 11 GB with --gradient_checkpointing. For a style: --learnable_property style
+--initializer_token cartoon --steps 3000.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
+
+import torch
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+import training
+from dataset import list_images, read_rgb
+from files import make_output_dir, save_png, write_atomic
+from p6_personalize.evaluate import best_five, scores
+from p6_personalize.inversion import add_token, diffusion_loss, encode, random_square, save_embeds, token_ids
+from p6_personalize.model import CLIP, PIPELINE, Clip, generate, load_pipeline
+from p6_personalize.prompts import TEMPLATES
+
+
+def parse_args():
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("data_dir", type=nonempty_path, help="the folder of the concept's pictures")
+    add("--output_dir", type=nonempty_path, default=ROOT / "p6_personalize/output/concept", help="where embeddings go")
+    add("--checkpoint", type=nonempty_path, default=PIPELINE, help="the pipeline's folder or single file")
+    add("--placeholder_token", default="<new1>", help="the new word")
+    add("--initializer_token", required=True, help="the word of one token that it starts from")
+    add("--num_vectors", type=int_at_least(1), default=1, help="embeddings of the new word")
+    add("--learnable_property", choices=sorted(TEMPLATES), default="object", help="what the pictures have in common")
+    add("--epochs", "--steps", type=int_at_least(1), default=300, help="steps; an epoch is one")
+    add("--batch_size", type=int_at_least(1), default=1, help="pictures per step")
+    add("--lr", type=float_between(0), default=1e-3, help="Adam's learning rate, constant")
+    add("--crop", type=float_between(0.1, 1), default=0.9, help="smallest side of a random crop, as a share")
+    add("--save_every", type=int_at_least(1), default=50, help="steps between saved embeddings")
+    add("--validation_prompt", help="a prompt with the new word, to see what it has learnt at each saved step")
+    add("--choose", type=nonempty_path, nargs="?", const=CLIP,
+        help="a CLIP that chooses among the saved steps by image + 2.5 text")
+    add("--guidance", type=float_between(1), default=7.5, help="classifier-free guidance of the samples; 1 is none")
+    add("--gradient_checkpointing", action="store_true", help="compute twice to save memory: fits 512x512 into 11 GB")
+    add("--resume", action="store_true", help="go on from last.pt in --output_dir")
+    add("--dry_run", action="store_true", help="train two steps, write nothing")
+    add("--seed", type=int_at_least(0), default=0, help="seed of all random numbers")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+        help="precision of all that is not learnt; auto takes what the device does fast")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.validation_prompt and args.placeholder_token not in args.validation_prompt:
+        raise UserError(f"--validation_prompt {args.validation_prompt!r} lacks the new word {args.placeholder_token}")
+    if args.choose and not args.validation_prompt:
+        raise UserError("--choose judges images of a --validation_prompt; give one")
+    references = [read_rgb(args.data_dir / name) for name in list_images(args.data_dir)]
+    process, saved = training.start(args, "p6_personalize")
+    if process.count > 1:
+        raise UserError("textual inversion trains in one process; start it without torchrun")
+    pipe = load_pipeline(args.checkpoint, process.device, process.dtype)
+    pipe.text_encoder.float()  # through which the gradient comes to the rows
+    rows = add_token(pipe, args.placeholder_token, args.initializer_token, args.num_vectors)
+    if args.gradient_checkpointing:
+        pipe.unet.train()  # where the libraries do it; neither network has dropout or batch statistics
+        pipe.unet.enable_gradient_checkpointing()
+    clip = Clip(args.choose, process.device) if args.choose else None
+    adam = torch.optim.Adam(rows.parameters(), lr=args.lr)
+    adam.param_groups[0]["highest_lr"] = args.lr
+    parts = training.make_parts(rows, [adam], process, saved)
+    metrics, means = saved["metrics"] if saved else [], training.Means()
+    size, templates = pipe.unet.config.sample_size * pipe.vae_scale_factor, TEMPLATES[args.learnable_property]
+    print(f"{len(references)} pictures, {rows.rows.numel()} numbers to learn, {process.device}, "
+          f"{process.dtype or torch.float32}", flush=True)
+
+    for step in training.steps(args, process, saved, args.epochs):
+        x = torch.stack([random_square(references[i], size, args.crop)
+                         for i in torch.randint(len(references), (args.batch_size,)).tolist()])
+        prompts = [templates[i].format(args.placeholder_token)
+                   for i in torch.randint(len(templates), (args.batch_size,)).tolist()]
+        with autocast(process.device, process.dtype):
+            text = pipe.text_encoder(token_ids(pipe, prompts))[0]
+            loss = diffusion_loss(pipe.unet, encode(pipe, x.to(process.device)), text, pipe.scheduler)
+        training.update(parts, loss.mean(), 1.0, decay=0.0, clip=None)
+        means.add(loss=loss)
+        if not training.due(args, step, args.epochs):
+            continue
+        folder = make_output_dir(args.output_dir / f"step_{step + 1:05d}")
+        save_embeds(folder / "learned_embeds.safetensors", args.placeholder_token, rows.rows)
+        if args.validation_prompt:
+            with autocast(process.device, process.dtype):
+                batches = list(generate(pipe, [(n, args.validation_prompt) for n in range(8)], 0, 25, args.guidance))
+            images = torch.cat([images for _, images in batches])
+            save_png(folder / "samples.png", make_grid(images, nrow=4))
+        if clip:
+            text = args.validation_prompt.replace(args.placeholder_token, args.initializer_token)
+            image_score, text_score = best_five(*scores(clip, [to_pil_image(x) for x in images], references, text))
+            means.add(image_score=torch.tensor(image_score), text_score=torch.tensor(text_score))
+        training.log(metrics, means, step, 1, args, parts, process)
+        training.save_training(args.output_dir, parts, step, kind="p6_personalize", config={},
+                               recipe=training.recipe(args), metrics=metrics)
+    if not args.dry_run:
+        best = max(metrics, key=lambda row: row["image_score"] + 2.5 * row["text_score"]) if clip else metrics[-1]
+        chosen = args.output_dir / f"step_{best['step']:05d}" / "learned_embeds.safetensors"
+        write_atomic(args.output_dir / chosen.name, chosen.read_bytes())
+        print(f"{args.output_dir / chosen.name} is that of step {best['step']}")
+
+
+if __name__ == "__main__":
+    run(main)
