@@ -21,7 +21,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from dataset import read_image_source
-from files import check_output_file, is_stream, write_atomic
+from files import check_output_file, is_stream, make_output_dir, save_png, write_atomic
 from utils import UserError, nonempty_path
 
 SIZE = 64
@@ -136,3 +136,14 @@ def save_grid(path, images, columns=8):
     else:
         Image.fromarray(pixels).save(buffer, format="PNG")
     write_atomic(path, buffer.getvalue())
+
+
+def save_faces(images, output_dir, grid, columns=8):
+    """Writes uint8 images (N, 3, H, W) as 0000.png ... into a folder and as one picture, where not None; says so."""
+    if grid:
+        save_grid(grid, images, columns)
+    if output_dir:
+        folder = make_output_dir(output_dir)
+        for i, image in enumerate(images):
+            save_png(folder / f"{i:04d}.png", image)
+    print(f"{len(images)} images in {' and '.join(str(path) for path in (output_dir, grid) if path)}")

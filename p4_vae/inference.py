@@ -21,8 +21,7 @@ from utils import (UserError, argument_parser, float_between, image_generators, 
 
 import torch
 
-from faces import check_picture, face_source, save_grid, test_faces
-from files import make_output_dir, save_png
+from faces import check_picture, face_source, save_faces, test_faces
 from p4_vae.elbo import squared_errors
 from p4_vae.latents import sample_prior
 from p4_vae.model import CHECKPOINT, load_model
@@ -125,13 +124,7 @@ def main():
         check_picture(args.grid)
     model, latents = load_model(args.checkpoint, pick_device(args.device))
     images, columns = pictures(args, model, latents)
-    if args.grid:
-        save_grid(args.grid, images, columns)
-    if args.output_dir:
-        output_dir = make_output_dir(args.output_dir)
-        for i, image in enumerate(images):
-            save_png(output_dir / f"{i:04d}.png", image)
-    print(f"{len(images)} images in {' and '.join(str(path) for path in (args.output_dir, args.grid) if path)}")
+    save_faces(images, args.output_dir, args.grid, columns)
 
 
 if __name__ == "__main__":

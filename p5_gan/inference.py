@@ -17,8 +17,7 @@ from utils import (UserError, argument_parser, image_generators, in_batches, int
 
 import torch
 
-from faces import check_picture, save_grid
-from files import make_output_dir, save_png
+from faces import check_picture, save_faces
 from p5_gan.model import CHECKPOINT, load_model
 
 
@@ -57,13 +56,7 @@ def main():
         check_picture(args.grid)
     model = load_model(args.checkpoint, pick_device(args.device))
     images = generate(model, range(args.count), args.seed, args.batch_size)
-    if args.grid:
-        save_grid(args.grid, images)
-    if args.output_dir:
-        output_dir = make_output_dir(args.output_dir)
-        for i, image in enumerate(images):
-            save_png(output_dir / f"{i:04d}.png", image)
-    print(f"{len(images)} images in {' and '.join(str(path) for path in (args.output_dir, args.grid) if path)}")
+    save_faces(images, args.output_dir, args.grid)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
 
-
 import training
 from p1_ddpm.diffusion import as_input, ddpm_loss, require_noise
 from p1_ddpm.inference import sample_grid

@@ -136,12 +136,12 @@ def busy_process():
 
 def machine(device):
     """What a row has to say about the computer and the versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall("model name\\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = re.findall("model name\\s*: (.+)", cpuinfo)
     processor = torch.cuda.get_device_name() if device == "cuda" else names[0] if names else platform.machine()
     spinning = os.environ.get("OMP_WAIT_POLICY") or os.environ.get("GOMP_SPINCOUNT", "default")
-    instructions = re.findall(r"CPU capability usage: (\w+)", torch.__config__.show())
-    return dict(processor=processor, instructions=" ".join(instructions), threads=torch.get_num_threads(),
+    instructions = next((name for name in ("avx512f", "avx2") if name in cpuinfo), "").upper()
+    return dict(processor=processor, instructions=instructions, threads=torch.get_num_threads(),
                 spinning=spinning, python=platform.python_version(), torch=torch.__version__)
 
 
