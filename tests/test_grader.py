@@ -81,8 +81,8 @@ def test_grades_two_domains_as_in_2024(tmp_path, weights, always_3, capsys, monk
             save_png(out / domain / f"{name}.png", black)
     call("--folder", out, "--checkpoint", always_3)  # one network for both
     stdout, stderr = capsys.readouterr()
-    assert stdout.splitlines() == ["mnistm acc = 0.5 (correct/total = 2/4)", "svhn acc = 0.5 (correct/total = 1/2)",
-                                   "mean acc = 0.5"]
+    assert stdout.splitlines() == ["MNIST-M acc = 0.5000 (correct/total = 2/4)", "SVHN acc = 0.5000 (correct/total = 1/2)",
+                                   "acc = 0.5000"]
     assert "graded, but not among 0_001.png ... 9_050.png: 5_051.png" in stderr and "498 file(s) missing" in stderr
 
     bias = torch.zeros(10)
@@ -91,7 +91,7 @@ def test_grades_two_domains_as_in_2024(tmp_path, weights, always_3, capsys, monk
     monkeypatch.setattr(digit_classifier, "CHECKPOINTS", dict(mnistm=always_3, svhn=tmp_path / "always_8.pth"))
     (out / "svhn/3_001.png").unlink()
     call("--folder", out)  # a judge for each
-    assert capsys.readouterr().out.splitlines()[1:] == ["svhn acc = 1.0 (correct/total = 1/1)", "mean acc = 0.75"]
+    assert capsys.readouterr().out.splitlines()[1:] == ["SVHN acc = 1.0000 (correct/total = 1/1)", "acc = 0.7500"]
     shutil.rmtree(out / "svhn")
     with pytest.raises(UserError, match="no folder .*svhn"):
         call("--folder", out)
