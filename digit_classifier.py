@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_at_least, nonempty_path, pick_device, run
+from utils import UserError, argument_parser, as_input, int_at_least, nonempty_path, pick_device, run
 
 import numpy as np
 import torch
@@ -91,15 +91,10 @@ def _classifier(content, path, device):
     return model.to(device).eval()
 
 
-def normalise(images):
-    """uint8 images to float in [-1, 1]: mean and standard deviation 0.5, as the course's grader has it."""
-    return images.float() / 127.5 - 1
-
-
 @torch.no_grad()
 def classify(model, images, device="cpu", batch_size=1000):
     """(features (N, 64), predicted digits (N,)) on the CPU for uint8 images (N, 3, 28, 28)."""
-    features = torch.cat([model.features(normalise(batch.to(device))) for batch in images.split(batch_size)])
+    features = torch.cat([model.features(as_input(batch.to(device))) for batch in images.split(batch_size)])
     return features.cpu(), model.fc3(features).argmax(1).cpu()
 
 
@@ -177,7 +172,7 @@ def fit(model, optimizer, splits, epochs, seed, change=lambda x: x, scheduler=No
         start, order = time.time(), torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(images)))
         for step, batch in enumerate(order.split(batch_size_for(images))[:per_epoch], start=epoch * per_epoch):
             batch = batch.to(images.device)
-            loss = F.cross_entropy(model(change(normalise(images[batch]))), labels[batch])
+            loss = F.cross_entropy(model(change(as_input(images[batch]))), labels[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

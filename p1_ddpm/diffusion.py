@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from utils import UserError, autocast, beta_scheduler, randn
+from utils import UserError, as_input, autocast, beta_scheduler, randn
 
 
 def noise_schedule(name="linear", timesteps=1000):
@@ -40,11 +40,6 @@ def require_noise(alphas_cumprod, name):
     if alphas_cumprod[-1] > 0.01:
         raise UserError(f"with --schedule {name} the last of {len(alphas_cumprod) - 1} timesteps still shows the image "
                         f"(alpha-bar {alphas_cumprod[-1]:.2f}), but sampling starts from noise; take more --timesteps")
-
-
-def as_input(images):
-    """uint8 images as the networks take them: float in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def per_image(values, x):

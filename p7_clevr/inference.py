@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, float_between, image_generators, in_batches, nonempty_path, pick_device,
-                   randn, require_finite, run, to_uint8)
+from utils import (UserError, argument_parser, as_input, float_between, image_generators, in_batches, nonempty_path,
+                   pick_device, randn, require_finite, run, to_uint8)
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from files import make_output_dir, save_png
-from p1_ddpm.diffusion import SAMPLERS, as_input, guided_predictor
+from p1_ddpm.diffusion import SAMPLERS, guided_predictor
 from p1_ddpm.inference import Sampling, add_sampling_arguments, sampling_of, visited_timesteps
 from p7_clevr.evaluator import CHECKPOINTS, Evaluator, load_grader
 from p7_clevr.guidance import algorithm_1, algorithm_2, clean_gradient, noisy_gradient

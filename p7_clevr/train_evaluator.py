@@ -15,13 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, autocast, float_between, nonempty_path, run
+from utils import argument_parser, as_input, autocast, float_between, nonempty_path, run
 
 import torch
 import torch.nn.functional as F
 
 import training
-from p1_ddpm.diffusion import as_input, diffuse
+from p1_ddpm.diffusion import diffuse
 from p7_clevr.evaluator import NETWORKS, top_k_hits
 from p7_clevr.model import scene_schedule
 from p7_clevr.scenes import empty_background, read_scenes

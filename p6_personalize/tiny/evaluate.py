@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import amp_dtype, argument_parser, float_between, int_at_least, nonempty_path, pick_device, run
+from utils import amp_dtype, argument_parser, as_input, float_between, int_at_least, nonempty_path, pick_device, run
 
 import torch
 from torchvision.transforms.functional import to_pil_image
@@ -50,7 +50,7 @@ class EvaluatorJudge:
         self.evaluator = Evaluator(path, device)
 
     def __call__(self, images, count):
-        top = self.evaluator.scores(images.float() / 127.5 - 1).topk(count).indices
+        top = self.evaluator.scores(as_input(images)).topk(count).indices
         return [{OBJECTS[i] for i in row} for row in top.tolist()]
 
 
