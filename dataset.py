@@ -293,3 +293,16 @@ def load_split(data_dir, domain, split, labelled=True):
 # Of all names, whatever their order in the file and whatever their labels, every fifth is for validation.
 FIFTHS = {"val": lambda names: sorted(names)[::5],
           "train": lambda names: set(names).difference(sorted(names)[::5])}
+
+
+def load_domains(data_dir, domains, split):
+    """[(images, classes)] for each of the `domains`, see load_split; the digit d of domains[i] is of class 10 i + d."""
+    return [(images, labels + 10 * i) for i, (images, labels, _) in
+            enumerate(load_split(data_dir, domain, split) for domain in domains)]
+
+
+def balanced(sets):
+    """(images, classes) of several such pairs in one; the smaller ones are repeated, as often as the largest has room
+    for, so that all are met about equally often."""
+    most = max(len(classes) for _, classes in sets)
+    return [torch.cat([part for part in parts for _ in range(most // len(part))]) for parts in zip(*sets)]

@@ -12,6 +12,7 @@ A checkpoint is one dict of tensors and plain types with the same keys in every 
 
 import contextlib
 import io
+import json
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ import secrets
 import sys
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -84,6 +86,16 @@ def _descriptor(path):
         if not os.path.islink(path):
             return None
         path = os.path.join(folder, os.readlink(path))
+
+
+def read_json(path):
+    """What the JSON file `path` (a Path or zipfile.Path) holds."""
+    if not path.is_file():
+        raise UserError(f"there is no {path}; check the path")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no JSON file ({error}); mend it, or fetch it again")
 
 
 def write_atomic(path, data):

@@ -30,7 +30,7 @@ if [ "${1:-}" = --update ]; then
     {
         echo "path,bytes,sha256,address"
         [ -z "$with_address" ] || echo "$with_address"
-        for path in *.pth */checkpoints/*.pt; do
+        for path in *.pth */checkpoints/{,*/,*/*/}*.{pt,pth,safetensors}; do
             [ -f "$path" ] || continue
             cut -d , -f 1 <<< "$with_address" | grep -qxF "$path" && continue
             echo "$path,$(size "$path"),$(sha256 "$path"),in the repository"

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from files import load_checkpoint, lock, make_output_dir, save_checkpoint, save_png, write_atomic
-from utils import UserError, amp_dtype, cpu_has_bfloat16, float_between, int_at_least, pick_device
+from utils import UserError, add_amp_argument, amp_dtype, cpu_has_bfloat16, float_between, int_at_least, pick_device
 
 # Flags that say where and how a training runs, and do not change what comes out.
 NOT_RECIPE = ("data_dir", "output_dir", "resume", "dry_run", "device", "amp", "save_every")
@@ -61,8 +61,7 @@ def add_arguments(parser, epochs, batch_size, lr, warmup, weight_decay, ema, sav
     parser.add_argument("--dry_run", action="store_true", help="train two steps on small batches, write nothing")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of all random numbers")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
-    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-                        help="mixed precision; auto takes what the device does fast")
+    add_amp_argument(parser)
     parser.add_argument("--save_every", type=int_at_least(1), default=save_every, help="steps between checkpoints")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int_at_least(1), default=epochs, help="passes over the training images")

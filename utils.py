@@ -166,6 +166,12 @@ def amp_dtype(name, device):
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def add_amp_argument(parser):
+    """The flag --amp, for amp_dtype."""
+    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+                        help="mixed precision; auto takes what the device does fast")
+
+
 def autocast(device, dtype):
     """Mixed precision in `dtype` on `device`; a context that does nothing when `dtype` is None."""
     return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
@@ -208,6 +214,11 @@ def randn(generators, shape, device="cpu"):
 
 
 # --- Images -------------------------------------------------------------------------------------
+
+def as_input(images):
+    """Pixels of uint8 images, 0..255, as the networks take them: float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
 
 def to_uint8(images):
     """Float images in [0, 1] to uint8 0..255, rounded to nearest as torchvision's save_image does."""

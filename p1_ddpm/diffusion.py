@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from utils import UserError, beta_scheduler, randn
+from utils import UserError, as_input, autocast, beta_scheduler, randn
 
 
 def noise_schedule(name="linear", timesteps=1000):
@@ -75,24 +75,39 @@ def ddpm_loss(model, x0, condition, null, alphas_cumprod, label_drop=0.1):
     return t, (v - velocity(x0, t, noise, alphas_cumprod)).square().flatten(1).mean(1)
 
 
-def guided_predictor(model, condition, null, alphas_cumprod, guidance, interval=(0, 1000)):
+@torch.no_grad()
+def validation_loss(model, images, condition, alphas_cumprod):
+    """The loss (N,) of uint8 images (N, ...) under their whole conditions, with the same noise at every call."""
+    torch.manual_seed(0)
+    device, losses = alphas_cumprod.device, []
+    for x, y in zip(images.split(250), condition.split(250)):
+        y = y.to(device)
+        losses.append(ddpm_loss(model, as_input(x.to(device)), y, y, alphas_cumprod, label_drop=0.0)[1])
+    return torch.cat(losses)
+
+
+def guided_predictor(model, condition, null, alphas_cumprod, guidance, interval=(0, 1000), dtype=None):
     """predict(x, t) -> (x0, eps) under classifier-free guidance of the given strength; t is one timestep for all.
 
     v = (1 + guidance) v(x, y) - guidance v(x), which is equation 6 of Ho & Salimans 2022 since eps is linear in v;
     0 is the plain conditional model. Guidance acts only while t, in thousandths of T, is in the closed interval
     (Kynkaanniemi et al. 2024); elsewhere the unconditional pass is skipped. x0 is clamped to [-1, 1], and eps is what
-    that x0 implies.
+    that x0 implies. The network alone computes in `dtype`, see utils.autocast.
     """
     total = len(alphas_cumprod) - 1
+
+    def network(*inputs):
+        with autocast(inputs[0].device, dtype):
+            return model(*inputs)
 
     def predict(x, t):
         times = torch.full((len(x),), t, device=x.device)
         if guidance != 0 and interval[0] <= 1000 * t / total <= interval[1]:
-            both = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([condition, null]))
+            both = network(torch.cat([x, x]), torch.cat([times, times]), torch.cat([condition, null]))
             conditional, unconditional = both.chunk(2)
             v = (1 + guidance) * conditional - guidance * unconditional
         else:
-            v = model(x, times, condition)
+            v = network(x, times, condition)
         a, s = signal_and_noise(alphas_cumprod, t)
         x0 = (a * x - s * v).clamp(-1, 1)
         return x0, (x - a * x0) / s

@@ -1,15 +1,17 @@
 """Judges a folder of generated digits: are they right, faithful to real ones, varied, and not copies?
 
-    python3 p1_ddpm/evaluate.py out_dir [--data_dir hw2_data]
+    python3 p1_ddpm/evaluate.py out_dir [--data_dir hw2_data]     # or 2024's out_dir, which holds mnistm and svhn
 
-- accuracy per digit by digit_classifier.py's network;
+- accuracy per digit by digit_classifier.py's network of the domain, and the line that the course's script prints;
+- accuracy by each of a panel of graders of MNIST-M, trained as a course would: their mean, and the least of them;
 - fidelity: the Frechet distance between generated and real validation digits (Heusel et al. 2017, equation 6), as in
   FID but in that network's 64 penultimate features. Even real digits do not reach 0 in a finite sample, so it is told
   as a ratio to its floor: the same distance for as many real training digits, with as many of each class, averaged
   over ten draws of them;
 - diversity: the mean pairwise distance of the images of a class, divided by that of real validation digits;
 - the distance of each image to its nearest neighbour among the training images, beside the same for real
-  validation digits: a model that copies its training images would be far closer to them.
+  validation digits: a model that copies its training images would be far closer to them. Copies are images whose
+  nearest training image is less than a third as far as the second nearest (Yoon et al. 2023).
 
 Distances between images are root mean squares over pixels in [0, 255]. Takes about half a minute on 2 CPU cores.
 """
@@ -25,8 +27,9 @@ from utils import UserError, argument_parser, nonempty_path, run
 import numpy as np
 import torch
 
-from dataset import load_split
-from digit_classifier import classify, frechet_distance, load_classifier, read_generated
+from dataset import DOMAIN_NAMES, load_split
+from digit_classifier import (CHECKPOINTS, classify, course_line, domain_folders, frechet_distance, load_classifier,
+                              load_panel, read_generated)
 
 
 def rms_distances(a, b):
@@ -52,12 +55,16 @@ def same_class_draw(labels, wanted, rng):
 
 
 class Judge:
-    """The real digits and the classifier, loaded once; call it with generated images and their labels."""
+    """The real digits of a domain and its classifiers, loaded once; call it with generated images and their labels.
 
-    def __init__(self, data_dir, classifier=ROOT / "Classifier.pth"):
-        self.classifier = load_classifier(classifier)
-        self.train_images, self.train_labels, _ = load_split(data_dir, "mnistm", "train")
-        self.val_images, self.val_labels, _ = load_split(data_dir, "mnistm", "val")
+    `panel` are MNIST-M's graders; elsewhere the classifier is a panel of one.
+    """
+
+    def __init__(self, data_dir, domain="mnistm", classifier=None):
+        self.classifier = load_classifier(classifier or CHECKPOINTS[domain])
+        self.panel = load_panel() if domain == "mnistm" else [self.classifier]
+        self.train_images, self.train_labels, _ = load_split(data_dir, domain, "train")
+        self.val_images, self.val_labels, _ = load_split(data_dir, domain, "val")
         self.val_features, _ = classify(self.classifier, self.val_images)
         self.train_features, _ = classify(self.classifier, self.train_images)
 
@@ -75,7 +82,8 @@ class Judge:
         digits = labels.unique().tolist()
         floor, floor_std = self.floor(labels)
         measures = dict(
-            images=len(images), accuracy=right.mean().item(),
+            images=len(images), correct=int(right.sum()), accuracy=right.mean().item(),
+            panel=[(classify(grader, images)[1] == labels).float().mean().item() for grader in self.panel],
             accuracy_per_digit={d: right[labels == d].mean().item() for d in digits},
             frechet=frechet_distance(features, self.val_features), frechet_floor=floor, frechet_floor_std=floor_std,
             diversity={d: diversity(images[labels == d]) / diversity(self.val_images[self.val_labels == d])
@@ -83,19 +91,23 @@ class Judge:
         if neighbours:
             rng = np.random.default_rng(0)
             real = self.val_images[same_class_draw(self.val_labels, labels, rng)]
-            measures["nearest_generated"] = self.nearest(images)
-            measures["nearest_real"] = self.nearest(real)
+            for name, judged in (("generated", images), ("real", real)):
+                nearest, second = self.nearest(judged).unbind(1)
+                measures[f"nearest_{name}"] = nearest
+                measures[f"copies_{name}"] = (nearest < second / 3).float().mean().item()
         return measures
 
     def nearest(self, images):
-        """Distance of each image to its nearest training image, (N,)."""
+        """Distances of each image to its nearest and its second nearest training image, (N, 2)."""
         train_rows = as_rows(self.train_images)
-        return torch.cat([rms_distances(batch, train_rows).min(1).values for batch in as_rows(images).split(250)])
+        return torch.cat([rms_distances(batch, train_rows).topk(2, largest=False).values
+                          for batch in as_rows(images).split(250)])
 
 
 def summary(measures):
     """The measures in one line: accuracies in %, the Frechet distance and its ratio to the floor, mean diversity."""
     return dict(accuracy=100 * measures["accuracy"], worst_digit=100 * min(measures["accuracy_per_digit"].values()),
+                panel=100 * float(np.mean(measures["panel"])), panel_least=100 * min(measures["panel"]),
                 frechet=measures["frechet"], frechet_ratio=measures["frechet"] / measures["frechet_floor"],
                 diversity=float(np.mean(list(measures["diversity"].values()))))
 
@@ -104,8 +116,11 @@ def report(measures):
     """The measures as text for people."""
     total = summary(measures)
     per_digit = " ".join(f"{d}: {100 * a:.4g}" for d, a in measures["accuracy_per_digit"].items())
-    lines = [f"images            {measures['images']}",
+    lines = [course_line(measures["correct"], measures["images"]),
+             f"images            {measures['images']}",
              f"accuracy          {total['accuracy']:.4g} %   per digit {per_digit}",
+             f"panel             {total['panel']:.4g} %   the least of {len(measures['panel'])} graders "
+             f"{total['panel_least']:.4g} %",
              f"Frechet distance  {total['frechet']:.3f}   real digits {measures['frechet_floor']:.3f} +- "
              f"{measures['frechet_floor_std']:.3f}   ratio {total['frechet_ratio']:.2f}",
              f"diversity         {total['diversity']:.3f} of real digits'   per digit "
@@ -114,6 +129,8 @@ def report(measures):
     lines.append(f"nearest training image, root mean square in grey levels: median {generated.median():.1f}, "
                  f"smallest {generated.min():.1f}; real validation digits: median {real.median():.1f}, "
                  f"smallest {real.min():.1f}")
+    lines.append(f"copies            {100 * measures['copies_generated']:.2g} %   real validation digits "
+                 f"{100 * measures['copies_real']:.2g} %")
     return "\n".join(lines)
 
 
@@ -121,13 +138,18 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument("folder", type=nonempty_path, help="images whose names begin with their digit")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
-    parser.add_argument("--checkpoint", type=nonempty_path, default=ROOT / "Classifier.pth",
-                        help="the classifier's weights")
+    parser.add_argument("--checkpoint", type=nonempty_path,
+                        help="the classifier's weights; else those of each domain that digit_classifier.py takes")
     args = parser.parse_args()
-    images, labels = read_generated(args.folder)
-    if labels.bincount().max() < 2:
-        raise UserError(f"{args.folder} must hold several images of a digit, named such as 7_001.png and 7_002.png")
-    print(report(Judge(args.data_dir, args.checkpoint)(images, labels)))
+    folders = domain_folders(args.folder)
+    generated = {domain: read_generated(folder, 100 // len(folders)) for domain, folder in folders.items()}
+    for domain, (_, labels) in generated.items():
+        if labels.bincount().max() < 2:
+            raise UserError(f"{folders[domain]} must hold several images of a digit, named such as 7_001.png and "
+                            "7_002.png")
+    for domain, (images, labels) in generated.items():
+        print(f"{DOMAIN_NAMES[domain]}\n" * (len(folders) > 1)
+              + report(Judge(args.data_dir, domain, args.checkpoint)(images, labels)))
 
 
 if __name__ == "__main__":

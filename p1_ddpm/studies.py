@@ -4,10 +4,10 @@
     python3 p1_ddpm/studies.py --tables guidance     # one of them
     python3 p1_ddpm/studies.py --tables ema --checkpoint p1_ddpm/output/last.pt   # of a training: does the EMA pay?
 
-Generates 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output. Settings of the
-same checkpoint that are in that file already are not measured again, so an interrupted study goes on. Prints the tables
-as Markdown: mean and standard deviation where settings differ in the seed alone. On 2 CPU cores the table reference
-takes 40 minutes, the others together 50.
+Generates 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output, of several
+domains a line each. Settings of the same checkpoint that are in that file already are not measured again, so an
+interrupted study goes on. Prints the tables as Markdown: mean and standard deviation where settings differ in the seed
+alone. On 2 CPU cores the table reference takes 40 minutes, the others together 50.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, int_at_least, nonempty_path, pick_device, run
+from utils import (add_amp_argument, amp_dtype, argument_parser, int_at_least, nonempty_path, pick_device, run)
 
 import pandas as pd
 import torch
 
 from files import check_output_file, load_checkpoint, write_atomic
 from p1_ddpm.evaluate import Judge, summary
-from p1_ddpm.inference import Sampling, add_sampling_arguments, generate, sampling_of
+from p1_ddpm.inference import Sampling, add_sampling_arguments, domains_of, generate, sampling_of
 from p1_ddpm.model import load_model
 
 
@@ -56,7 +56,9 @@ TABLES = {
 }
 DEFAULTS = dict(Sampling()._asdict(), seed=0, weights="ema", per_class=100)
 FLAGS = ["sampler", "steps", "spacing", "guidance", "interval", "seed", "weights", "eta", "per_class"]
-MEASURES = {"accuracy": 2, "worst_digit": 2, "frechet": 3, "frechet_ratio": 2, "diversity": 3, "seconds": 1}  # decimals
+GROUPED_BY = ["domain", *FLAGS]  # what tells the settings in a table apart
+MEASURES = {"accuracy": 2, "worst_digit": 2, "panel": 2, "panel_least": 2, "frechet": 3, "frechet_ratio": 2,
+            "diversity": 3, "seconds": 1}  # decimals
 
 
 def parse_args():
@@ -68,6 +70,7 @@ def parse_args():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--per_class", type=int_at_least(2), default=DEFAULTS["per_class"], help="images of each digit")
     add_sampling_arguments(parser)
+    add_amp_argument(parser)
     return parser.parse_args()
 
 
@@ -87,26 +90,32 @@ def as_text(setting, flags=FLAGS):
     return {flag: "{:g} to {:g}".format(*setting[flag]) if flag == "interval" else str(setting[flag]) for flag in flags}
 
 
-def measure(model, alphas_cumprod, judge, setting, device, batch_size):
-    """The MEASURES of a setting, a dict with the keys FLAGS."""
+def measure(model, alphas_cumprod, judges, setting, device, batch_size, dtype=None):
+    """{domain: MEASURES} of a setting, a dict with the keys FLAGS, for the domains of `judges` in the model's order.
+
+    The seconds are those of all domains together.
+    """
     numbers = [(label, number) for label in range(model.num_classes) for number in range(1, setting["per_class"] + 1)]
     sampling = Sampling(**{flag: setting[flag] for flag in Sampling._fields})
     start = time.time()
-    batches = generate(model, alphas_cumprod, numbers, sampling, setting["seed"], device, batch_size)
-    images = torch.cat([images for _, images, _ in batches])
+    batches = generate(model, alphas_cumprod, numbers, sampling, setting["seed"], device, batch_size, dtype=dtype)
+    images, labels = torch.cat([images for _, images, _ in batches]), torch.tensor([label for label, _ in numbers])
     seconds = time.time() - start
-    measures = summary(judge(images, torch.tensor([label for label, _ in numbers]), neighbours=False))
-    measures["seconds"] = seconds
-    return {name: round(measures[name], decimals) for name, decimals in MEASURES.items()}
+    measured = {}
+    for i, (domain, judge) in enumerate(judges.items()):
+        own = labels // 10 == i
+        measures = dict(summary(judge(images[own], labels[own] % 10, neighbours=False)), seconds=seconds)
+        measured[domain] = {name: round(measures[name], decimals) for name, decimals in MEASURES.items()}
+    return measured
 
 
-def means(rows, flags=FLAGS, measures=MEASURES):
+def means(rows, flags=GROUPED_BY, measures=MEASURES):
     """Rows that differ in nothing but the seed made one: mean and `_std` of each measure, and the number of `seeds`."""
     groups = rows.groupby([flag for flag in flags if flag != "seed"], sort=False)[list(measures)]
     return groups.mean().join(groups.std().add_suffix("_std")).join(groups.size().rename("seeds")).reset_index()
 
 
-def markdown(rows, flags=FLAGS, measures=MEASURES):
+def markdown(rows, flags=GROUPED_BY, measures=MEASURES):
     """The means of some rows of results as a Markdown table of the flags that vary and the measures.
 
     flags, measures: names of columns, the latter with their decimals.
@@ -123,12 +132,13 @@ def markdown(rows, flags=FLAGS, measures=MEASURES):
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    dtype = amp_dtype(args.amp, device)
     _, alphas_cumprod = load_model(args.checkpoint)
     epochs = load_checkpoint(args.checkpoint, "p1_ddpm", ["metrics"])["metrics"][-1]["epoch"]
     digest = digest_of(args.checkpoint)
     flags = dict(sampling_of(args)._asdict(), seed=args.seed, weights=args.weights, per_class=args.per_class)
     check_output_file(args.output)
-    judge = Judge(args.data_dir)
+    judges = {domain: Judge(args.data_dir, domain) for domain in domains_of(args.checkpoint)}
     rows = pd.read_csv(args.output, dtype=str).to_dict("records") if args.output.exists() else []
     for name in args.tables:
         for setting in settings(name, len(alphas_cumprod) - 1, flags):
@@ -136,13 +146,13 @@ def main():
             same = [old for old in rows if all(str(old[key]) == value for key, value in row.items())]
             if any(old["table"] == name for old in same):
                 continue
-            if same:  # another table has it
-                measures = {key: same[0][key] for key in MEASURES}
-            else:
+            measured = {old["domain"]: {key: old[key] for key in MEASURES} for old in same}  # another table may have it
+            if not measured:
                 model, alphas_cumprod = load_model(args.checkpoint, device, setting["weights"])
-                measures = measure(model, alphas_cumprod, judge, setting, device, args.batch_size)
-            rows.append(dict(table=name, **row, **measures))
-            print(rows[-1], flush=True)
+                measured = measure(model, alphas_cumprod, judges, setting, device, args.batch_size, dtype)
+            for domain, measures in measured.items():
+                rows.append(dict(table=name, domain=domain, **row, **measures))
+                print(rows[-1], flush=True)
             write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
         made = pd.DataFrame(rows).query("table == @name and checkpoint == @digest")
         print(f"\n{name}\n\n{markdown(made.astype(dict.fromkeys(MEASURES, float)))}\n", flush=True)

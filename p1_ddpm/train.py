@@ -1,16 +1,17 @@
-"""Trains the conditional DDPM of problem 1 on MNIST-M (Algorithm 1 of Ho et al. 2020 with label dropping).
+"""Trains the conditional DDPM of problem 1 on digits (Algorithm 1 of Ho et al. 2020 with label dropping).
 
     python3 p1_ddpm/train.py                               # all settings of the committed checkpoint, see below
     python3 p1_ddpm/train.py --resume                      # goes on where the last run stopped
     python3 p1_ddpm/train.py --resume --epochs 120         # prolongs a finished training
+    python3 p1_ddpm/train.py --domains mnistm svhn         # one network of 20 classes, ten for each domain
     python3 p1_ddpm/train.py --dry_run                     # two steps, to see that all is in place
     torchrun --nproc_per_node=4 p1_ddpm/train.py           # several GPUs; --batch_size is for all together
 
-Reads hw2_data/digits/mnistm. Writes into --output_dir:
+Reads hw2_data/digits. Writes into --output_dir:
     last.pt         everything that --resume needs, every --save_every steps (600 are an epoch of 38,400 digits)
     model.pt        the EMA weights in half precision and the configuration, for inference.py --checkpoint
-    metrics.jsonl   one line per checkpoint: loss, loss per quarter of the timesteps, learning rate, images/s
-    samples_*.png   ten digits of each class from fixed noise, rows are digits
+    metrics.jsonl   one line per checkpoint: loss, loss per quarter of the timesteps, the EMA's on validation digits
+    samples_*.png   ten digits of each class from fixed noise, rows are classes
 
 p1_ddpm/checkpoints/ddpm.pt is the model.pt of these settings: 50 epochs, 98 minutes on 2 CPU cores with bfloat16 and
 nothing beside it (about 330 images/s), the loss ends at 0.115. metrics.jsonl beside it is the record.
@@ -22,13 +23,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, as_input, autocast, float_between, int_at_least, nonempty_path, run
 
 import torch
 
 import training
-from dataset import load_split
-from p1_ddpm.diffusion import ddpm_loss, noise_schedule, require_noise
+from dataset import DOMAINS, balanced, load_domains
+from p1_ddpm.diffusion import ddpm_loss, noise_schedule, require_noise, validation_loss
 from p1_ddpm.inference import sample_grid
 from p1_ddpm.model import UNet
 
@@ -38,6 +39,8 @@ def parse_args():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p1_ddpm/output",
                         help="where checkpoints go")
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=["mnistm"],
+                        help="whose digits; the smaller ones are repeated to be seen about as often as the largest")
     training.add_arguments(parser, epochs=50, batch_size=64, lr=8e-4, warmup=500, weight_decay=0.01, ema=0.999,
                            save_every=600)
     parser.add_argument("--sample_every", type=int_at_least(1), default=5, help="checkpoints between sample grids")
@@ -55,22 +58,22 @@ def parse_args():
 
 def main():
     args = parse_args()
-    config = dict(network=dict(channels=args.channels, blocks=args.blocks, dropout=args.dropout, num_classes=10,
-                               condition="class", patch=2, image_channels=3, image_size=28),
-                  schedule=dict(name=args.schedule, timesteps=args.timesteps))
+    network = dict(channels=args.channels, blocks=args.blocks, dropout=args.dropout, num_classes=10 * len(args.domains),
+                   condition="class", patch=2, image_channels=3, image_size=28)
+    config = dict(network=network, schedule=dict(name=args.schedule, timesteps=args.timesteps), domains=args.domains)
     alphas_cumprod = noise_schedule(**config["schedule"])
     require_noise(alphas_cumprod, args.schedule)
     if any(width % 8 for width in args.channels):
         raise UserError(f"--channels {args.channels} must be multiples of 8, the groups of the normalisation")
     process, saved = training.start(args, "p1_ddpm")
     device = process.device
-    images, labels, _ = load_split(args.data_dir, "mnistm", "train")
-    images, labels, alphas_cumprod = images.to(device), labels.to(device), alphas_cumprod.to(device)
+    digits, validation = (load_domains(args.data_dir, args.domains, split) for split in ("train", "val"))
+    images, labels, alphas_cumprod = (values.to(device) for values in (*balanced(digits), alphas_cumprod))
     per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch
 
     training.seed_all(args.seed)
-    model = UNet(**config["network"]).to(device)
+    model = UNet(**network).to(device)
     parts = training.make_parts(model, training.make_optimizers(model, args), process, saved)
     parallel = training.distribute(model, process)
     shown = torch.arange(model.num_classes, device=device).repeat_interleave(10)  # ten samples a class
@@ -79,7 +82,7 @@ def main():
 
     for step in training.steps(args, process, saved, total):
         batch = training.batch_indices(step, len(images), args, process)
-        x0, y = images[batch].float() / 127.5 - 1, labels[batch]
+        x0, y = as_input(images[batch]), labels[batch]
         with autocast(device, process.dtype):
             t, loss = ddpm_loss(parallel, x0, y, model.null(y), alphas_cumprod, args.label_drop)
         training.update(parts, loss.mean(), training.warmup_cosine(step, total, args.warmup),
@@ -88,6 +91,9 @@ def main():
         means.add_quarters("loss_quarters", loss, t, args.timesteps)
         if not training.due(args, step, total):
             continue
+        with autocast(device, process.dtype):
+            for domain, (x0, y) in zip(args.domains, validation):
+                means.add(**{f"val_loss_{domain}": validation_loss(parts.ema, x0[:1000], y[:1000], alphas_cumprod)})
         training.log(metrics, means, step, per_epoch, args, parts, process)
         if process.rank == 0:
             description = dict(kind="p1_ddpm", config=config, recipe=training.recipe(args), metrics=metrics)

@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run
+from utils import (UserError, argument_parser, as_input, autocast, image_generators, int_at_least, nonempty_path,
+                   randn, run)
 
 import torch
 from torchvision.utils import make_grid
@@ -51,7 +52,7 @@ def parse_args():
 def draw_batch(images):
     """(x0, t) for uint8 images (B, 3, H, W): float32 in [-1, 1], each mirrored or not, and timesteps, int64 (B,)."""
     count, device = len(images), images.device
-    x0 = random_mirror(images.float() / 127.5 - 1)
+    x0 = random_mirror(as_input(images))
     # Uniform t, but one in each B-th of the range: a less noisy gradient (Kingma et al. 2021, appendix I.1).
     t = (torch.rand(1, device=device) + torch.arange(count, device=device) / count) % 1
     return x0, (t * T).long().clamp(max=T - 1)

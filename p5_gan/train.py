@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run, to_uint8
+from utils import (argument_parser, as_input, autocast, image_generators, int_at_least, nonempty_path, randn, run,
+                   to_uint8)
 
 import torch
 from torchvision.utils import make_grid
@@ -87,7 +88,7 @@ def main():
     training.announce(f"{len(images)} faces", process, total, generator, discriminator)
 
     for step in training.steps(args, process, saved, total):
-        real = random_mirror(images[training.batch_indices(step, len(images), args, process)].float() / 127.5 - 1)
+        real = random_mirror(as_input(images[training.batch_indices(step, len(images), args, process)]))
         factor, decay = training.warmup_cosine(step, total, args.warmup), training.ema_decay(args.ema, step)
         with autocast(device, process.dtype):
             generated = generate(torch.randn(len(real), args.latents, device=device))

@@ -4,7 +4,7 @@ The word's embedding v* is what minimises the diffusion loss on a few pictures (
 in neutral contexts.
 """
 
-from utils import UserError
+from utils import UserError, as_input
 
 import torch
 from PIL import Image
@@ -75,7 +75,7 @@ def random_square(picture, size, smallest):
     side = round(min(picture.size) * float(torch.empty(()).uniform_(smallest, 1)))
     left, top = (int(torch.randint(length - side + 1, ())) for length in picture.size)
     square = picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-    x = pil_to_tensor(square).float() / 127.5 - 1
+    x = as_input(pil_to_tensor(square))
     return x if torch.rand(()) < 0.5 else x.flip(2)
 
 

@@ -1,8 +1,8 @@
 """Texts: the templates that concepts are learnt and classes are named with, and the course's input.json."""
 
-import json
 from typing import NamedTuple
 
+from files import read_json
 from utils import UserError
 
 # Neutral contexts for a concept (Gal et al. 2022, appendix on training details, after CLIP's templates).
@@ -35,16 +35,6 @@ class Request(NamedTuple):
     prompts: list
     clip_prompts: list  # the prompts as CLIP may read them, without the token
     baselines: list  # (image score, text score) that each prompt has to reach
-
-
-def read_json(path):
-    """What the JSON file `path` holds."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; check the path")
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON file ({error}); mend it")
 
 
 def read_requests(path):

@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from dataset import list_images, read_rgb
-from files import check_output_file, write_atomic
+from files import check_output_file, read_json, write_atomic
 from p6_personalize.model import CLIP, Clip
-from p6_personalize.prompts import ENSEMBLE, PROMPT, read_json
+from p6_personalize.prompts import ENSEMBLE, PROMPT
 
 
 def read_classes(path):

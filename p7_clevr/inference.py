@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, float_between, image_generators, in_batches, nonempty_path, pick_device,
-                   randn, require_finite, run, to_uint8)
+from utils import (UserError, argument_parser, as_input, float_between, image_generators, in_batches, nonempty_path,
+                   pick_device, randn, require_finite, run, to_uint8)
 
 from typing import NamedTuple
 
@@ -115,11 +115,6 @@ def generate(model, alphas_cumprod, scenes, sampling, seed, device, batch_size=3
               disable=None) as bar:
         for batch, (images, states) in in_batches(images_of, scenes, batch_size):
             yield batch, images, states
-
-
-def as_input(images):
-    """uint8 images as the evaluators take them: float in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def strip_timesteps(timesteps, states=8):

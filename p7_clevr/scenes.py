@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from dataset import IMAGE_SUFFIXES, read_rgb, some
+from files import read_json
 from utils import UserError
 
 COLORS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
@@ -47,16 +48,6 @@ def check_objects(names, where):
         if names.count(name) > 1:
             raise UserError(f"{where} names \"{name}\" twice; an object occurs once in a scene")
     return names
-
-
-def read_json(path):
-    """What the JSON file `path` (a Path or zipfile.Path) holds."""
-    if not path.is_file():
-        raise UserError(f"there is no {path}; check the path, or point --data_dir to the folder that holds it")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no JSON file ({error}); fetch it again")
 
 
 def read_conditions(path):

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, as_input, autocast, float_between, int_at_least, nonempty_path, run
 
 import training
 from p1_ddpm.diffusion import ddpm_loss, require_noise
@@ -80,7 +80,7 @@ def main():
 
     for step in training.steps(args, process, saved, total):
         batch = training.batch_indices(step, len(images), args, process)
-        x0, condition = images[batch].float() / 127.5 - 1, conditions[batch]
+        x0, condition = as_input(images[batch]), conditions[batch]
         with autocast(device, process.dtype):
             t, loss = ddpm_loss(parallel, x0, condition, model.null(condition), alphas_cumprod, args.label_drop)
         means.add(loss_eps=loss * alphas_cumprod[t])

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, autocast, float_between, nonempty_path, run
+from utils import argument_parser, as_input, autocast, float_between, nonempty_path, run
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ def accuracy(model, images, labels, noisy_at=None):
     hits = 0
     stream = torch.Generator().manual_seed(0)
     for batch, label in zip(images.split(256), labels.split(256)):
-        x, t = batch.float() / 127.5 - 1, None
+        x, t = as_input(batch), None
         if noisy_at:
             t = torch.full((len(x),), noisy_at[0], device=x.device)
             x = diffuse(x, t, torch.randn(x.shape, generator=stream).to(x.device), noisy_at[1])
@@ -84,7 +84,7 @@ def main():
     images, labels, held_out_images, held_out_labels = (
         tensor.to(device) for part in ("grader", "held_out") for tensor in read_scenes(args.data_dir, part)[:2])
     alphas_cumprod = scene_schedule(**SCHEDULE).to(device)
-    background = empty_background(images) / 127.5 - 1
+    background = as_input(empty_background(images))
     equal = (alphas_cumprod - 0.5).abs().argmin().item()  # where signal and noise have the same variance
     per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch
@@ -99,7 +99,7 @@ def main():
 
     for step in training.steps(args, process, saved, total):
         batch = training.batch_indices(step, len(images), args, process)
-        x, y = augment(images[batch].float() / 127.5 - 1, labels[batch], background, args.paste)
+        x, y = augment(as_input(images[batch]), labels[batch], background, args.paste)
         t = torch.zeros(len(x), dtype=torch.int64, device=device)
         if args.noisy:
             t = torch.randint(0, len(alphas_cumprod), (len(x),), device=device)

@@ -322,6 +322,23 @@ def test_missing_data_set_says_what_to_run(tmp_path):
         dataset.load_split(tmp_path, "usps", "train")
 
 
+def test_domains_are_ten_classes_each_and_the_smaller_repeated(tmp_path):
+    for domain, count in (("svhn", 7), ("usps", 3)):
+        (tmp_path / f"digits/{domain}/data").mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.full((28, 28, 3), 10 * i, dtype=np.uint8)).save(
+                tmp_path / f"digits/{domain}/data/{i}.png")
+        rows = "".join(f"{i}.png,{9 - i}\n" for i in range(count))
+        (tmp_path / f"digits/{domain}/train.csv").write_text("image_name,label\n" + rows)
+    sets = dataset.load_domains(tmp_path, ["usps", "svhn"], "train")
+    assert [classes.tolist() for _, classes in sets] == [[9, 8, 7], [19, 18, 17, 16, 15, 14, 13]]
+    images, classes = dataset.balanced(sets)
+    assert classes.tolist() == [9, 8, 7, 9, 8, 7, 19, 18, 17, 16, 15, 14, 13]
+    assert torch.equal(images[:, 0, 0, 0], 10 * (9 - classes % 10))
+    images, classes = dataset.balanced(sets[1:])  # one domain alone stays as it is
+    assert torch.equal(images, sets[1][0]) and torch.equal(classes, sets[1][1])
+
+
 # --- Building the course's layout from the public formats -------------------------------------------
 
 def gz_idx(array):

@@ -87,12 +87,15 @@ def test_update_writes_the_manifest(clone):
     elsewhere = line("p3_dann/checkpoints/big.pt", b"big", "https://example.org/big.pt")
     manifest(clone, line("Classifier.pth", b"old weights"), line("p1_ddpm/checkpoints/gone.pt", b"x"), elsewhere)
     (clone / "Another.pth").write_bytes(b"more")
-    (clone / "p9_new/checkpoints").mkdir(parents=True)
-    (clone / "p9_new/checkpoints/b.pt").write_bytes(b"b")
+    for name in "b.pt", "clip/model.safetensors", "pipeline/unet/model.safetensors":
+        (clone / "p9_new/checkpoints" / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / "p9_new/checkpoints" / name).write_bytes(b"b")
     assert bash(clone, "hw2_download.sh", "--update").returncode == 0
     assert (clone / "checkpoints.csv").read_text() == (
         "path,bytes,sha256,address\n" + elsewhere + line("Another.pth", b"more") + line("Classifier.pth", b"weights")
-        + line("p1_ddpm/checkpoints/a.pt", b"a" * 3000) + line("p9_new/checkpoints/b.pt", b"b"))
+        + line("p1_ddpm/checkpoints/a.pt", b"a" * 3000) + line("p9_new/checkpoints/b.pt", b"b")
+        + line("p9_new/checkpoints/clip/model.safetensors", b"b")
+        + line("p9_new/checkpoints/pipeline/unet/model.safetensors", b"b"))
     assert bash(clone, "hw2_download.sh", "--upgrade").returncode == 2
 
 

@@ -72,6 +72,31 @@ def test_is_silent_about_a_complete_folder(tmp_path, always_3, capsys):
     assert capsys.readouterr() == ("acc = 0.1 (correct/total = 100/1000)\n", "")
 
 
+def test_grades_two_domains_as_in_2024(tmp_path, weights, always_3, capsys, monkeypatch):
+    black = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    out = tmp_path / "out"
+    for domain, names in (("mnistm", ("3_001", "3_002", "5_001", "5_051")), ("svhn", ("3_001", "8_050"))):
+        (out / domain).mkdir(parents=True)
+        for name in names:
+            save_png(out / domain / f"{name}.png", black)
+    call("--folder", out, "--checkpoint", always_3)  # one network for both
+    stdout, stderr = capsys.readouterr()
+    assert stdout.splitlines() == ["MNIST-M acc = 0.5000 (correct/total = 2/4)",
+                                   "SVHN acc = 0.5000 (correct/total = 1/2)", "acc = 0.5000"]
+    assert "graded, but not among 0_001.png ... 9_050.png: 5_051.png" in stderr and "498 file(s) missing" in stderr
+
+    bias = torch.zeros(10)
+    bias[8] = 1
+    torch.save({"state_dict": {**weights, "fc3.bias": bias}}, tmp_path / "always_8.pth")
+    monkeypatch.setattr(digit_classifier, "CHECKPOINTS", dict(mnistm=always_3, svhn=tmp_path / "always_8.pth"))
+    (out / "svhn/3_001.png").unlink()
+    call("--folder", out)  # a judge for each
+    assert capsys.readouterr().out.splitlines()[1:] == ["SVHN acc = 1.0000 (correct/total = 1/1)", "acc = 0.7500"]
+    shutil.rmtree(out / "svhn")
+    with pytest.raises(UserError, match="no folder .*svhn"):
+        call("--folder", out)
+
+
 @pytest.mark.parametrize("wrap", [
     lambda weights: weights,
     lambda weights: {"format_version": 1, "state_dict": weights},
@@ -104,9 +129,11 @@ def test_refuses_bad_input(tmp_path, weights, always_3, folder, checkpoint, mess
 
 @pytest.fixture
 def printed_digits(tmp_path):
-    """The course's layout with four printed digits of each kind, in random greys on random greys, as MNIST-M."""
+    """The course's layout with four printed digits of each kind, in random greys on random greys, as MNIST-M and SVHN.
+    """
     folder = tmp_path / "digits/mnistm"
     (folder / "data").mkdir(parents=True)
+    (tmp_path / "digits/svhn").symlink_to(folder)
     rng = np.random.default_rng(0)
     for k in range(40):
         image = Image.new("L", (10, 11), int(rng.integers(0, 100)))
@@ -130,6 +157,48 @@ def test_training_learns(tmp_path, printed_digits, capsys):
     assert 100 * right == pytest.approx(accuracies[-1], abs=0.01)  # two decimals are printed
     with pytest.raises(UserError, match="is a folder"):
         call("--train", printed_digits, "--checkpoint", tmp_path / "new")
+
+
+def test_a_panel_is_several_networks_of_half_precision_in_one_file(tmp_path, printed_digits, capsys):
+    path = tmp_path / "panel.pth"
+    call("--train", printed_digits, "--panel", 2, "--epochs", 40, "--seed", 5, "--checkpoint", path)
+    accuracies = [float(x) for x in re.findall(r"validation accuracy ([\d.]+) %", capsys.readouterr().out)]
+    assert len(accuracies) == 80 and min(accuracies[39], accuracies[79]) > 50  # by chance 10 %
+    content = torch.load(path, weights_only=True)["panel"]
+    assert len(content) == 2 and all(value.dtype == torch.float16 for grader in content for value in grader.values())
+    first, second = digit_classifier.load_panel(path)
+    assert not torch.equal(first.fc3.weight, second.fc3.weight)  # seeds 5 and 6
+    images, labels, _ = load_split(printed_digits, "mnistm", "val")
+    right = (digit_classifier.classify(second, images)[1] == labels).float().mean().item()
+    assert 100 * right == pytest.approx(accuracies[79], abs=2.6)  # one of 40 digits, for the rounding of its weights
+    call("--train", printed_digits, "--panel", 1, "--epochs", 40, "--seed", 6, "--checkpoint", path)
+    assert all(torch.equal(value, content[1][name]) for name, value in
+               torch.load(path, weights_only=True)["panel"][0].items())
+
+
+def test_the_committed_panel_is_of_eight_plain_networks():
+    panel = digit_classifier.load_panel()
+    assert len(panel) >= 8 and {len(grader.conv1.weight) for grader in panel} == {6}
+    assert len({grader.fc3.bias[0].item() for grader in panel}) == len(panel)
+
+
+def test_the_judge_of_svhn_is_wider_and_its_weights_tell(tmp_path, printed_digits):
+    path = tmp_path / "judge.pth"
+    call("--train", printed_digits, "--domain", "svhn", "--epochs", 1, "--checkpoint", path)
+    for judge in (digit_classifier.load_classifier(path),
+                  digit_classifier.load_classifier(digit_classifier.CHECKPOINTS["svhn"])):
+        assert judge.conv1.weight.shape == (24, 3, 5, 5) and not judge.training
+        assert judge.features(torch.zeros(2, 3, 28, 28)).shape == (2, 64)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--panel", 2, "--domain", "svhn"], "one of MNIST-M"), (["--domain", "usps"], "invalid choice")])
+def test_training_refuses_bad_flags(tmp_path, printed_digits, capsys, flags, message):
+    with pytest.raises((UserError, SystemExit)) as error:
+        call("--train", printed_digits, "--checkpoint", tmp_path / "new.pth", *flags)
+    assert message in f"{error.value} {capsys.readouterr().err}" and not (tmp_path / "new.pth").exists()
+    with pytest.raises(UserError, match="does not hold a panel"):
+        digit_classifier.load_panel(digit_classifier.CHECKPOINTS["mnistm"])
 
 
 def test_augmentation_keeps_shape_and_range_and_differs_by_image():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -281,8 +282,8 @@ def test_a_set_of_one_label_is_that_label():
         assert_near(several(x, t, b), single(x, t, a), 1e-5)
 
 
-# What the coming chapters need: both domains' digits in one model, scenes of several objects, faces.
-GENERAL = [dict(num_classes=20), dict(num_classes=24, condition="set", image_size=64, patch=4),
+# Digits of one domain and of two; what the other chapters need: scenes of several objects, faces.
+GENERAL = [dict(num_classes=10), dict(num_classes=20), dict(num_classes=24, condition="set", image_size=64, patch=4),
            dict(num_classes=24, condition="set", image_size=32),
            dict(num_classes=3, image_channels=1, image_size=36, patch=3)]
 
@@ -338,16 +339,20 @@ def test_a_network_that_does_not_fit_together_is_refused(config, message):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """hw2_data with scikit-learn's 8x8 digits as MNIST-M: 64 training and 40 validation images."""
+    """hw2_data with scikit-learn's 8x8 digits as MNIST-M, 64 training and 40 validation images, and dark on white as
+    SVHN, 20 and 30."""
     folder = tmp_path_factory.mktemp("hw2 data")
     digits = load_digits()
-    (folder / "digits/mnistm/data").mkdir(parents=True)
-    for split, rows in (("train", range(64)), ("val", range(64, 104))):
-        table = pd.DataFrame([(f"{i:05d}.png", digits.target[i]) for i in rows], columns=["image_name", "label"])
-        table.to_csv(folder / f"digits/mnistm/{split}.csv", index=False)
-        for i in rows:
-            grey = Image.fromarray((digits.images[i] * 15.9).astype(np.uint8))
-            grey.resize((28, 28)).convert("RGB").save(folder / f"digits/mnistm/data/{i:05d}.png")
+    for domain, splits in (("mnistm", dict(train=range(64), val=range(64, 104))),
+                           ("svhn", dict(train=range(200, 220), val=range(220, 250)))):
+        (folder / f"digits/{domain}/data").mkdir(parents=True)
+        for split, rows in splits.items():
+            table = pd.DataFrame([(f"{i:05d}.png", digits.target[i]) for i in rows], columns=["image_name", "label"])
+            table.to_csv(folder / f"digits/{domain}/{split}.csv", index=False)
+            for i in rows:
+                grey = np.abs(digits.images[i] * 15.9 - 255 * (domain == "svhn"))
+                image = Image.fromarray(grey.astype(np.uint8)).resize((28, 28)).convert("RGB")
+                image.save(folder / f"digits/{domain}/data/{i:05d}.png")
     return folder
 
 
@@ -396,7 +401,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
             assert all(torch.equal(value, other["state"][index][name]) for name, value in moments.items())
     lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 8] and all(len(line["loss_quarters"]) == 4 for line in lines)
-    for key in ("loss", "loss_quarters", "lr"):
+    for key in ("loss", "loss_quarters", "val_loss_mnistm", "lr"):
         assert [line[key] for line in lines] == [line[key] for line in first["metrics"]]
     assert Image.open(parts / "samples_000008.png").size == (291, 291)
 
@@ -408,6 +413,46 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
         assert torch.equal(model.state_dict()["first.weight"], expected) and len(alphas_cumprod) == 5
     with pytest.raises(UserError, match="last.pt, which holds all"):
         load_model(parts / "model.pt", "cpu", "model")
+
+
+def test_two_domains_are_twenty_classes_of_one_network(tmp_path, data_dir):
+    seen = []
+
+    def labels_of(model, x0, condition, *rest):
+        seen.append(condition)
+        return ddpm_loss(model, x0, condition, *rest)
+
+    ddpm_loss = train.ddpm_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ddpm_loss", labels_of)
+        run_train(data_dir, tmp_path, "--domains", "mnistm", "svhn", "--epochs", 1, "--timesteps", 4)
+    seen = torch.cat(seen)
+    assert len(seen) == 112  # an epoch: whole batches of 64 digits and three times 20
+    assert 48 <= (seen < 10).sum() <= 64 and seen.max() >= 10 and set((seen // 10).tolist()) == {0, 1}
+    checkpoint = load_checkpoint(tmp_path / "model.pt", "p1_ddpm", ["config", "metrics"])
+    assert checkpoint["config"]["network"]["num_classes"] == 20
+    assert all(0 < checkpoint["metrics"][-1][f"val_loss_{domain}"] < 10 for domain in ("mnistm", "svhn"))
+    assert Image.open(tmp_path / "samples_000007.png").size == (291, 581)  # twenty rows
+
+    infer(tmp_path / "out", "--checkpoint", tmp_path / "model.pt", "--steps", 1, "--guidance", 0)
+    for domain in ("mnistm", "svhn"):
+        assert {path.name for path in (tmp_path / "out" / domain).iterdir()} == digit_classifier.expected_names(50)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"mnistm", "svhn"}
+    infer(tmp_path / "few", "--checkpoint", tmp_path / "model.pt", "--steps", 1, "--guidance", 0, "--per_class", 1)
+    for name in ("mnistm/7_001.png", "svhn/7_001.png"):  # an image does not depend on how many there are
+        assert (tmp_path / "few" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_validation_loss_has_the_same_noise_at_every_call():
+    model, alphas_cumprod = random_unet(num_classes=20), diffusion.noise_schedule("cosine", 50)
+    images = torch.randint(256, (260, 3, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    labels = torch.arange(260) % 20
+    losses = diffusion.validation_loss(model, images, labels, alphas_cumprod)
+    torch.rand(3)
+    again = diffusion.validation_loss(model, images, labels, alphas_cumprod)
+    assert losses.shape == (260,) and torch.equal(losses, again)
+    unlabelled = diffusion.validation_loss(model, images, model.null(labels), alphas_cumprod)
+    assert (losses != unlabelled).all()  # no label was dropped
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -519,6 +564,21 @@ def test_images_depend_neither_on_the_batch_nor_on_their_number(checkpoint):
     assert (whole[4] - images_of([(1, 2)], 9, seed=1)[0]).abs().max() > 50
 
 
+def test_bfloat16_moves_pixels_little(checkpoint):
+    """Its eight bits round each activation by up to 0.4 %, which the network's layers and the steps add up."""
+    model, alphas_cumprod = load_model(checkpoint)
+    numbers = [(digit, 1) for digit in range(10)]
+
+    def images_of(dtype):
+        [(_, images, _)] = inference.generate(model, alphas_cumprod, numbers, Sampling(), 0, "cpu", dtype=dtype)
+        return images
+
+    exact, low = images_of(None).float(), images_of(torch.bfloat16)
+    assert torch.equal(low, images_of(torch.bfloat16))
+    difference = (exact - low.float()).square().mean().sqrt() / exact.std()
+    assert 0 < difference < 0.05, difference
+
+
 def test_kept_states_are_those_of_the_way(checkpoint):
     model, alphas_cumprod = load_model(checkpoint)
     sampling = Sampling("ddpm", 10, "uniform")
@@ -598,7 +658,7 @@ def test_the_committed_model_and_the_number_of_threads(tmp_path, capsys):
         for count in (1, 2):
             torch.set_num_threads(count)
             folder = tmp_path / str(count)
-            infer(folder, "--per_class", 1)
+            infer(folder, "--per_class", 1, "--amp", "off")
             folders.append(np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]))
     finally:
         torch.set_num_threads(threads)
@@ -642,7 +702,7 @@ def test_distances_are_root_mean_squares_in_grey_levels():
 
 
 def test_judge_tells_real_digits_from_copies_and_noise(data_dir, always_3):
-    judge = evaluate.Judge(data_dir, always_3)
+    judge = evaluate.Judge(data_dir, classifier=always_3)
     real = judge(judge.val_images, judge.val_labels)
     assert real["frechet"] == pytest.approx(0, abs=1e-6 * real["frechet_floor"])  # double precision
     assert real["accuracy"] == pytest.approx((judge.val_labels == 3).float().mean().item())
@@ -650,8 +710,24 @@ def test_judge_tells_real_digits_from_copies_and_noise(data_dir, always_3):
     copies = judge(judge.train_images[:20], judge.train_labels[:20])
     # torch.cdist subtracts large squares for more than 25 rows: that leaves some hundredths of a grey level.
     assert copies["nearest_generated"].max() < 0.1 < real["nearest_generated"].min()
+    assert copies["copies_generated"] == 1 and real["copies_generated"] == copies["copies_real"] == 0
     same = judge(judge.val_images[:1].expand(20, -1, -1, -1), torch.full((20,), 3))
     assert same["diversity"][3] == pytest.approx(0, abs=0.02) and "diversity" in evaluate.report(same)
+
+
+def test_the_panel_has_a_mean_and_a_least(data_dir, always_3, monkeypatch):
+    panel = [digit_classifier.load_classifier(always_3) for _ in range(3)]
+    for grader in panel[1:]:  # these answer 5
+        grader.fc3.bias.data = grader.fc3.bias.data.roll(2)
+    monkeypatch.setattr(evaluate, "load_panel", lambda: panel)
+    judge = evaluate.Judge(data_dir, classifier=always_3)
+    measures = judge(judge.val_images[:10], torch.tensor([3] * 6 + [5] * 4), neighbours=False)
+    assert measures["panel"] == pytest.approx([0.6, 0.4, 0.4]) and measures["correct"] == 6
+    total = evaluate.summary(measures)
+    assert total["panel"] == pytest.approx(100 * 1.4 / 3) and total["panel_least"] == pytest.approx(40)
+    svhn = evaluate.Judge(data_dir, "svhn", always_3)  # a panel of one
+    measures = svhn(svhn.val_images, svhn.val_labels, neighbours=False)
+    assert measures["panel"] == [measures["accuracy"]] and len(svhn.train_images) == 20
 
 
 def test_evaluate_script(tmp_path, data_dir, always_3, capsys):
@@ -661,8 +737,17 @@ def test_evaluate_script(tmp_path, data_dir, always_3, capsys):
     flags = [tmp_path, "--data_dir", data_dir, "--checkpoint", always_3]
     call(evaluate, *flags)
     stdout, stderr = capsys.readouterr()
-    assert re.search(r"images +4\naccuracy +75 %   per digit 3: 100 5: 0\n", stdout), stdout
-    assert "996 file(s) missing" in stderr
+    assert stdout.startswith("acc = 0.75 (correct/total = 3/4)\n")
+    assert re.search(r"images +4\naccuracy +75 %   per digit 3: 100 5: 0\npanel +[\d.]+ %   the least of 8", stdout)
+    assert "copies            0 %" in stdout and "996 file(s) missing" in stderr
+    for domain in ("mnistm", "svhn"):
+        (tmp_path / "both" / domain).mkdir(parents=True)
+        for path in tmp_path.glob("*.png"):
+            shutil.copy(path, tmp_path / "both" / domain)
+    call(evaluate, tmp_path / "both", *flags[1:])
+    stdout, _ = capsys.readouterr()
+    assert re.findall("(?m)^(MNIST-M|SVHN|acc = .*)$", stdout) == ["MNIST-M", "acc = 0.75 (correct/total = 3/4)",
+                                                                "SVHN", "acc = 0.75 (correct/total = 3/4)"]
     for path in tmp_path.glob("3_*"):
         path.unlink()
     with pytest.raises(UserError, match="must hold several images of a digit"):
@@ -681,7 +766,7 @@ def test_a_study_measures_each_setting_once(tmp_path, data_dir, checkpoint, monk
     printed = capsys.readouterr().out
     assert "| guidance | accuracy |" in printed and "| weights | accuracy |" in printed
     rows = pd.read_csv(tmp_path / "results.csv", dtype=dict(checkpoint=str))
-    assert list(rows.columns) == ["table", "checkpoint", "epochs", *studies.FLAGS, *studies.MEASURES]
+    assert list(rows.columns) == ["table", "domain", "checkpoint", "epochs", *studies.FLAGS, *studies.MEASURES]
     assert rows.groupby("table").size().to_dict() == dict(guidance=6, ema=2)
     assert set(rows.checkpoint) == {studies.digest_of(tmp_path / "last.pt")} and set(rows.epochs) == {2.5}
     # The default setting stands in both tables, and is measured once.
@@ -691,6 +776,22 @@ def test_a_study_measures_each_setting_once(tmp_path, data_dir, checkpoint, monk
     monkeypatch.setattr(studies, "measure", None)  # a second call finds everything done
     call(studies, *flags)
     assert (tmp_path / "results.csv").read_bytes() == before
+
+
+def test_a_study_of_two_domains_measures_each(tmp_path, data_dir, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "two.pt", kind="p1_ddpm", ema=random_unet(num_classes=20).state_dict(),
+                    config=dict(network={**TINY, "num_classes": 20}, domains=["svhn", "mnistm"],
+                                schedule=dict(name="linear", timesteps=1000)), metrics=[dict(epoch=1)])
+    monkeypatch.setitem(studies.TABLES, "seeds", [dict(seed=5), dict(seed=6)])
+    flags = ["--checkpoint", tmp_path / "two.pt", "--output", tmp_path / "results.csv", "--data_dir", data_dir,
+             "--device", "cpu", "--per_class", 2, "--steps", 1, "--tables", "seeds"]
+    call(studies, *flags)
+    rows = pd.read_csv(tmp_path / "results.csv")
+    assert rows[["domain", "seed"]].values.tolist() == [["svhn", 5], ["mnistm", 5], ["svhn", 6], ["mnistm", 6]]
+    assert rows.frechet.nunique() == 4  # two sets of images, each with the real digits of its own domain
+    assert "| domain | accuracy |" in capsys.readouterr().out
+    call(studies, *flags)  # finds everything done
+    assert len(pd.read_csv(tmp_path / "results.csv")) == 4
 
 
 def test_settings_are_the_tables_changes_to_the_flags():
@@ -705,7 +806,7 @@ def test_settings_are_the_tables_changes_to_the_flags():
 
 
 def test_means_are_over_seeds_and_only_over_them():
-    rows = pd.DataFrame([dict(dict.fromkeys(studies.FLAGS, "x"), guidance=guidance, seed=seed,
+    rows = pd.DataFrame([dict(dict.fromkeys(studies.FLAGS, "x"), domain="mnistm", guidance=guidance, seed=seed,
                               **dict.fromkeys(studies.MEASURES, value))
                          for guidance, seed, value in ((1, 0, 90.0), (1, 1, 92.0), (2, 0, 80.0))])
     assert studies.means(rows)[["guidance", "accuracy", "accuracy_std", "seeds"]].fillna(0).values.tolist() == [

@@ -10,6 +10,7 @@ from pathlib import Path
 from utils import UserError
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 import files
 from dataset import read_rgb
 from p6_personalize import evaluate, inference, inversion, model, prompts, train, zero_shot
+from p6_personalize.tiny import evaluate as tiny_evaluate
 from p6_personalize.tiny import scenes, tokenizer
 from p6_personalize.tiny import train as tiny_train
 
@@ -562,7 +564,7 @@ def world(tmp_path_factory):
     """i-CLEVR's layout with 40 scenes of two noise pictures; the purple sphere is in every fifth."""
     folder, table = tmp_path_factory.mktemp("world"), {}
     for number in range(40):
-        names = ["purple sphere" if number % 5 == 4 else "red cube", "gray cylinder"]
+        names = ["purple sphere" if number % 5 == 3 else "red cube", "gray cylinder"]
         for count in range(2):
             table[f"CLEVR_train_{number:06d}_{count}.png"] = names[:count + 1]
             pixels = np.random.default_rng([number, count]).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -597,3 +599,27 @@ def test_the_tiny_world_trains_and_its_folders_load(world, tmp_path, monkeypatch
     assert latents.shape == (16, 4, 16, 16) and pipe.unet.dtype == torch.float32
     (_, images), = model.generate(pipe, [(0, "a red cube")], 0, 2, 3.0)
     assert images.shape == (1, 3, 64, 64)
+    for token in "<new1>", "<new2>":
+        inversion.save_embeds(tmp_path / f"{token}.safetensors", token, torch.rand(1, 8))
+    evaluated = ["--data_dir", world, "--clip", tmp_path / "clip/model", "--checkpoint", tmp_path / "pipeline/model",
+                 "--embeds", tmp_path / "<new1>.safetensors", tmp_path / "<new2>.safetensors", "--count", 2,
+                 "--steps", 1, "--evaluator", tmp_path / "none", "--output", tmp_path / "results.csv"]
+    call(tiny_evaluate, *evaluated, "--tables", "zero_shot", "judge", "prompts", "concepts")
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert table.groupby("table").size().to_dict() == dict(zero_shot=4, judge=2, prompts=2 + 5, concepts=7)
+    assert table.objects.between(0, 100).all() and (table.pictures >= 1).all()
+    assert table[table.row.str.contains("look")].look.notna().sum() == 5 + 3
+    with pytest.raises(UserError, match="no picture of a purple sphere and a red cube"):
+        call(tiny_evaluate, *evaluated, "--tables", "baselines")
+
+
+def test_a_picture_counts_by_what_the_judge_sees(monkeypatch):
+    """A judge who sees the red channel of a picture as the number of an object, and the next one."""
+    numbers = [0, 3, 5, 23]
+    pictures = torch.tensor(numbers, dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 8, 8)
+    monkeypatch.setattr(tiny_evaluate, "generate", lambda pipe, jobs, *_: [(jobs, pictures)])
+    name = tiny_evaluate.OBJECTS
+    studio = tiny_evaluate.Studio(None, lambda images, count: [
+        {name[(int(image[0, 0, 0]) + i) % 24] for i in range(count)} for image in images], pictures, 1, 1)
+    asked = [[name[0], name[1]], [name[3], name[5]], [name[7], name[8]], [name[0], name[23]]]
+    assert studio.shown([""] * 4, asked) == dict(objects=62.5, all_objects=50.0, pictures=4)

@@ -19,17 +19,20 @@ from utils import UserError, argument_parser, nonempty_path, run
 from files import make_output_dir, save_png, write_atomic
 from p6_personalize.tiny.scenes import UNSEEN_LOOK, UNSEEN_OBJECT, apply, read_world
 
-# The scorer's baselines: what real pictures of the concept reach by the tiny CLIP, less a tenth.
+# The scorer's baselines are nine tenths of what real pictures reach by the tiny CLIP: evaluate.py --tables baselines.
 REQUESTS = {
     "0": dict(src_image=UNSEEN_OBJECT, token_name="<new1>",
               prompt=["a photo of a <new1>", "a photo of a <new1> and a red cube"],
               prompt_4_clip_eval=[f"a photo of a {UNSEEN_OBJECT}", f"a photo of a {UNSEEN_OBJECT} and a red cube"],
-              baseline=[[80, 30], [60, 30]]),
+              baseline=[[90, 84], [4, 84]]),
     "1": dict(src_image=UNSEEN_LOOK, token_name="<new2>",
               prompt=["a photo of a blue cube in the style of <new2>", "a photo of a <new1> in the style of <new2>"],
               prompt_4_clip_eval=["a photo of a blue cube", f"a photo of a {UNSEEN_OBJECT}"],
-              baseline=[[50, 20], [50, 20]]),
+              baseline=[[46, 59], [29, 20]]),
 }
+# (objects, look) of each prompt.
+SHOWN = {"0": [([UNSEEN_OBJECT], None), ([UNSEEN_OBJECT, "red cube"], None)],
+         "1": [(["blue cube"], UNSEEN_LOOK), ([UNSEEN_OBJECT], UNSEEN_LOOK)]}
 
 
 def different(images, count=5):

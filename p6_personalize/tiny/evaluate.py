@@ -1,10 +1,15 @@
 """Measures the tiny world: what its CLIP knows, what its pipeline shows, what textual inversion has taught it.
 
-    python3 p6_personalize/tiny/evaluate.py --data_dir DIR                            # all of it
+    python3 p6_personalize/tiny/evaluate.py --data_dir DIR --output p6_personalize/checkpoints/results.csv
     python3 p6_personalize/tiny/evaluate.py --data_dir DIR --count 20 --tables zero_shot prompts
 
 Pictures are judged by the evaluator of p7_clevr, which no part of the tiny world has seen, or by the tiny CLIP where
---evaluator is missing. For pictures in a look the look is undone first. Prints a line for each row of the README.
+--evaluator is missing. For pictures in a look the look is undone first. Prints a line for each row, percentages:
+    zero_shot   top-1 accuracy of the tiny CLIP among the 24 objects, on real pictures of one
+    baselines   what real pictures of input.json's prompts score; its baselines are nine tenths of that
+    judge       what the judge finds in real pictures
+    prompts     named objects that generated pictures show, pictures that show all of theirs, pictures in the look
+    concepts    the same of the held-out object and look, before and after textual inversion
 """
 
 import random
@@ -14,19 +19,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import amp_dtype, argument_parser, float_between, int_at_least, nonempty_path, pick_device, run
+from utils import (UserError, amp_dtype, argument_parser, as_input, float_between, int_at_least, nonempty_path,
+                   pick_device, run)
 
+import pandas as pd
 import torch
 from torchvision.transforms.functional import to_pil_image
 
+from dataset import list_images, read_rgb
+from files import check_output_file, write_atomic
+from p6_personalize.evaluate import CONCEPTS, scores
 from p6_personalize.inference import EMBEDS
 from p6_personalize.model import CLIP, PIPELINE, Clip, add_embeds, generate, load_pipeline
-from p6_personalize.prompts import ENSEMBLE, PROMPT
-from p6_personalize.tiny.scenes import (SEEN, SEEN_LOOKS, UNSEEN_LOOK, UNSEEN_OBJECT, all_sets, caption, nearest_look,
-                                        read_world, undo)
+from p6_personalize.prompts import ENSEMBLE, PROMPT, read_requests
+from p6_personalize.tiny.concepts import SHOWN
+from p6_personalize.tiny.scenes import (SEEN, SEEN_LOOKS, UNSEEN_LOOK, UNSEEN_OBJECT, all_sets, apply, caption,
+                                        nearest_look, read_world, undo)
 from p6_personalize.zero_shot import class_vectors
 from p7_clevr.evaluator import CHECKPOINTS, Evaluator
 from p7_clevr.scenes import NUMBERS, OBJECTS
+
+TABLES = ["zero_shot", "baselines", "judge", "prompts", "concepts"]
 
 
 class ClipJudge:
@@ -50,31 +63,100 @@ class EvaluatorJudge:
         self.evaluator = Evaluator(path, device)
 
     def __call__(self, images, count):
-        top = self.evaluator.scores(images.float() / 127.5 - 1).topk(count).indices
+        top = self.evaluator.scores(as_input(images)).topk(count).indices
         return [{OBJECTS[i] for i in row} for row in top.tolist()]
 
 
+def percent(values):
+    return round(100 * torch.as_tensor(values).float().mean().item(), 1)
+
+
 def zero_shot(clip, images, sets):
-    """Prints top-1 accuracy among the 24 objects on pictures of one, with one prompt and with the ensemble."""
+    """Yields (row, numbers) of the top-1 accuracy among the 24 objects on pictures of one, by one prompt and by the
+    ensemble."""
     vectors = clip.images([to_pil_image(image) for image in images])
     labels = torch.tensor([NUMBERS[names[0]] for names in sets])
     unseen = labels == NUMBERS[UNSEEN_OBJECT]
-    for name, prompts in ("one prompt", [PROMPT]), ("ensemble", ENSEMBLE):
+    for prompts_name, prompts in ("one prompt", [PROMPT]), ("ensemble", ENSEMBLE):
         right = (vectors @ class_vectors(clip, OBJECTS, prompts).T).argmax(1) == labels
-        print(f"zero-shot, {name}: {percent(right[~unseen])} of {len(SEEN)} seen objects, {percent(right[unseen])} of "
-              f"the unseen one ({len(labels)} pictures)")
+        for objects, chosen in (f"{len(SEEN)} seen objects", ~unseen), ("the unseen one", unseen):
+            yield f"{prompts_name}, {objects}", dict(objects=percent(right[chosen]), pictures=int(chosen.sum()))
 
 
-def percent(right):
-    right = torch.as_tensor(right).float()
-    return f"{100 * right.mean():.1f} %"
+def with_count(count, images, sets):
+    """(images, sets) of those with `count` objects."""
+    chosen = [i for i, names in enumerate(sets) if len(names) == count]
+    return images[chosen], [sets[i] for i in chosen]
 
 
-def main():
+def baselines(clip, images, sets):
+    """Yields (row, numbers): the course's scores of real pictures of what input.json's prompts name."""
+    for request in read_requests(CONCEPTS / "input.json"):
+        references = [read_rgb(CONCEPTS / request.key / name) for name in list_images(CONCEPTS / request.key)]
+        for prompt, text, (names, look) in zip(request.prompts, request.clip_prompts, SHOWN[request.key]):
+            real = [to_pil_image(apply(look, image)) for image, others in zip(images, sets)
+                    if sorted(others) == sorted(names)]
+            if not real:
+                raise UserError(f"there is no picture of a {' and a '.join(names)}; name the whole data set")
+            image_scores, text_scores = scores(clip, real, references, text)
+            yield prompt, dict(image=round(image_scores.mean().item(), 1), text=round(text_scores.mean().item(), 1),
+                               pictures=len(real))
+
+
+def judged(judge, images, sets):
+    """Yields (row, numbers): percentage of the objects that the judge finds in real pictures of one and of two."""
+    for count in 1, 2:
+        some, named = with_count(count, images, sets)
+        hits = [name in seen for names, seen in zip(named, judge(some, count)) for name in names]
+        yield f"real pictures of {count}", dict(objects=percent(hits), pictures=len(some))
+
+
+class Studio:
+    """Draws pictures of prompts and has a judge look at them."""
+
+    def __init__(self, pipe, judge, real, steps, guidance):
+        self.pipe, self.judge, self.real, self.steps, self.guidance = pipe, judge, real, steps, guidance
+
+    def shown(self, prompts, sets, look=None):
+        """Percentages over a picture of each of the `prompts`: of the objects in `sets` that it shows, of pictures that
+        show all of theirs, of pictures in the `look`."""
+        batches = generate(self.pipe, list(enumerate(prompts)), 0, self.steps, self.guidance)
+        pictures = torch.cat([images for _, images in batches])
+        found = [self.judge(undo(look, picture)[None], len(names))[0] for picture, names in zip(pictures, sets)]
+        numbers = dict(objects=percent([name in seen for names, seen in zip(sets, found) for name in names]),
+                       all_objects=percent([set(names) <= seen for names, seen in zip(sets, found)]))
+        if look:
+            numbers["look"] = percent([name == look for name in nearest_look(pictures, self.real)])
+        return dict(numbers, pictures=len(prompts))
+
+    def prompts(self, ones, pairs):
+        """Yields (row, numbers) of what the pipeline was trained to show: lists of one and of two objects."""
+        yield "one object", self.shown([caption(names) for names in ones], ones)
+        yield "two objects", self.shown([caption(names) for names in pairs], pairs)
+        for look in SEEN_LOOKS[1:]:  # monochrome is told from none by the objects alone
+            some = ones[:len(ones) // 5 + 1]
+            yield f"one object in the look {look}", self.shown([caption(names, look) for names in some], some, look)
+
+    def concepts(self, ones, embeds):
+        """Yields (row, numbers) of the held-out object and look before and after their embeddings are added."""
+        count = len(ones)
+        unseen, both = [[UNSEEN_OBJECT]] * count, [[UNSEEN_OBJECT, "red cube"]] * count
+        yield "before: a sphere", self.shown(["a photo of a sphere"] * count, unseen)
+        yield f"before: a {UNSEEN_OBJECT}", self.shown([caption([UNSEEN_OBJECT])] * count, unseen)
+        yield (f"before: the look {UNSEEN_LOOK}",
+               self.shown([caption(names, UNSEEN_LOOK) for names in ones], ones, UNSEEN_LOOK))
+        first, second = (add_embeds(self.pipe, path) for path in embeds)
+        yield first, self.shown([caption([first])] * count, unseen)
+        yield f"{first} and a red cube", self.shown([caption([first, "red cube"])] * count, both)
+        yield (f"one object in the look {second}",
+               self.shown([caption(names, second) for names in ones], ones, UNSEEN_LOOK))
+        yield f"{first} in the look {second}", self.shown([caption([first], second)] * count, unseen, UNSEEN_LOOK)
+
+
+def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
-    parser.add_argument("--tables", nargs="+", choices=["zero_shot", "prompts", "concepts"], help="what to measure",
-                        default=["zero_shot", "prompts", "concepts"])
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="what to measure")
     parser.add_argument("--clip", type=nonempty_path, default=CLIP, help="a CLIP model's folder or name")
     parser.add_argument("--checkpoint", type=nonempty_path, default=PIPELINE, help="the pipeline's folder")
     parser.add_argument("--embeds", type=nonempty_path, nargs=2, default=EMBEDS, help="of the object and of the look")
@@ -82,52 +164,41 @@ def main():
                         help="what judges, such as the course's checkpoint.pth")
     parser.add_argument("--count", type=int_at_least(1), default=100, help="generated pictures in a row")
     parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
-    parser.add_argument("--guidance", type=float_between(1), default=7.5, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--guidance", type=float_between(1), default=7.5,
+                        help="classifier-free guidance; 1 is none")
+    parser.add_argument("--output", type=nonempty_path, help="a CSV file that gets all rows")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.output:
+        check_output_file(args.output)
     device = pick_device(args.device)
     clip = Clip(args.clip, device)
-    images, sets = (left + right if isinstance(left, list) else torch.cat([left, right]) for left, right in zip(
-        read_world(args.data_dir, "held_out"), read_world(args.data_dir, "held_out", unseen=True)))
-    if "zero_shot" in args.tables:
-        alone = [i for i, names in enumerate(sets) if len(names) == 1]
-        zero_shot(clip, images[alone], [sets[i] for i in alone])
-    if args.tables == ["zero_shot"]:
-        return
-    judge = EvaluatorJudge(args.evaluator, device) if args.evaluator.exists() else ClipJudge(clip)
-    print(f"judged by {args.evaluator if args.evaluator.exists() else 'the tiny CLIP'}")
-    for count in 1, 2:
-        chosen = [i for i, names in enumerate(sets) if len(names) == count]
-        hits = [name in seen for i, seen in zip(chosen, judge(images[chosen], count)) for name in sets[i]]
-        print(f"real pictures of {count}: {percent(hits)} of the objects")
-    pipe = load_pipeline(args.checkpoint, device, amp_dtype("auto", device))
-
-    def shown(row, prompts, sets, look=None):
-        """Prints how many of the objects `sets` and how often the look the pictures of the prompts show."""
-        batches = generate(pipe, list(enumerate(prompts)), 0, args.steps, args.guidance)
-        pictures = torch.cat([images for _, images in batches])
-        found = [judge(undo(look, picture)[None], len(names))[0] for picture, names in zip(pictures, sets)]
-        print(f"{row}: {percent([name in seen for names, seen in zip(sets, found) for name in names])} of the objects, "
-              f"all in {percent([set(names) <= seen for names, seen in zip(sets, found)])}" +
-              (f", the look in {percent([name == look for name in nearest_look(pictures, images)])}" if look else ""))
-
+    real, real_sets = read_world(args.data_dir, "held_out")
+    unseen, unseen_sets = read_world(args.data_dir, unseen=True)
+    images, sets = torch.cat([real, unseen]), real_sets + unseen_sets
     stream = random.Random(0)
     ones, pairs = ([stream.sample(SEEN, count) for _ in range(args.count)] for count in (1, 2))
-    if "prompts" in args.tables:
-        shown("prompts of one object", [caption(names) for names in ones], ones)
-        shown("prompts of two objects", [caption(names) for names in pairs], pairs)
-        for look in SEEN_LOOKS[1:]:  # monochrome is told from none by the objects alone
-            some = ones[:args.count // 5 + 1]
-            shown(f"one object in the look {look}", [caption(names, look) for names in some], some, look)
-    if "concepts" in args.tables:
-        unseen, both = [[UNSEEN_OBJECT]] * args.count, [[UNSEEN_OBJECT, "red cube"]] * args.count
-        shown("before: a sphere", ["a photo of a sphere"] * args.count, unseen)
-        shown(f"before: a {UNSEEN_OBJECT}", [f"a photo of a {UNSEEN_OBJECT}"] * args.count, unseen)
-        first, second = (add_embeds(pipe, path) for path in args.embeds)
-        shown(first, [f"a photo of a {first}"] * args.count, unseen)
-        shown(f"{first} and a red cube", [f"a photo of a {first} and a red cube"] * args.count, both)
-        shown(f"one object in the look {second}", [caption(names, second) for names in ones], ones, UNSEEN_LOOK)
-        shown(f"{first} in the look {second}", [caption([first], second)] * args.count, unseen, UNSEEN_LOOK)
+
+    tables = {"zero_shot": lambda: zero_shot(clip, *with_count(1, images, sets)),
+              "baselines": lambda: baselines(clip, images, sets)}
+    if {"judge", "prompts", "concepts"} & {*args.tables}:
+        judge = EvaluatorJudge(args.evaluator, device) if args.evaluator.exists() else ClipJudge(clip)
+        print(f"judged by {args.evaluator if args.evaluator.exists() else 'the tiny CLIP'}")
+        studio = Studio(load_pipeline(args.checkpoint, device, amp_dtype("auto", device)), judge, real, args.steps,
+                        args.guidance)
+        tables.update(judge=lambda: judged(judge, real, real_sets), prompts=lambda: studio.prompts(ones, pairs),
+                      concepts=lambda: studio.concepts(ones, args.embeds))
+    rows = []
+    for table in args.tables:
+        for row, numbers in tables[table]():
+            print(f"{table}, {row}: {', '.join(f'{name} {value}' for name, value in numbers.items())}", flush=True)
+            rows.append(dict(table=table, row=row, **numbers))
+    if args.output:
+        write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
 
 
 if __name__ == "__main__":

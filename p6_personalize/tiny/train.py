@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, autocast, nonempty_path, run
+from utils import UserError, argument_parser, as_input, autocast, nonempty_path, run
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ class ClipPart(nn.Module):
 
     def forward(self, images, indices):
         """The loss of each picture and caption, (B,). Pairs that say the same are right for each other."""
-        x = images[indices].float() / 127.5 - 1
+        x = as_input(images[indices])
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x, x.flip(3))
         x = random_affine(x, zoom=(0.87, 1.15), stretch=0.1, shift=0.12)
         pairs = [self.pairs[i] for i in indices.tolist()]
@@ -119,7 +119,7 @@ class AutoencoderPart(nn.Module):
 
     def forward(self, images, indices):
         """Absolute error and a little of the KL divergence from N(0, 1), per value: (B,)."""
-        x = images[indices].float() / 127.5 - 1
+        x = as_input(images[indices])
         x = random_affine(x, zoom=(0.95, 1.2), shift=0.1)
         posterior = self.model.encode(x).latent_dist
         error = (self.model.decode(posterior.sample()).sample.float() - x).abs().flatten(1).mean(1)
@@ -127,7 +127,7 @@ class AutoencoderPart(nn.Module):
 
     @torch.no_grad()
     def save(self, folder, images):
-        latents = self.model.encode(images[::len(images) // 256 + 1].float() / 127.5 - 1).latent_dist.mean
+        latents = self.model.encode(as_input(images[::len(images) // 256 + 1])).latent_dist.mean
         self.model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
         copy.deepcopy(self.model).half().save_pretrained(folder)
 
@@ -161,7 +161,7 @@ class PipelinePart(nn.Module):
         """The latents of all pictures and of their mirror images: they are needed many times."""
         self.pairs, vae = pairs + pairs, self.frozen[0].to(device)
         both = torch.cat([images, images.flip(-1)])
-        return torch.cat([vae.encode(batch.to(device).float() / 127.5 - 1).latent_dist.mean
+        return torch.cat([vae.encode(as_input(batch.to(device))).latent_dist.mean
                           for batch in tqdm(both.split(64), "latents", disable=None)]) * vae.config.scaling_factor
 
     def forward(self, latents, indices):
