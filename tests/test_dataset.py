@@ -329,7 +329,8 @@ def test_domains_are_ten_classes_each_and_the_smaller_repeated(tmp_path):
             Image.fromarray(np.full((28, 28, 3), 10 * i, dtype=np.uint8)).save(
                 tmp_path / f"digits/{domain}/data/{i}.png")
         rows = "".join(f"{i}.png,{9 - i}\n" for i in range(count))
-        (tmp_path / f"digits/{domain}/train.csv").write_text("image_name,label\n" + rows)
+        for split in "train", "val":  # without the latter a fifth of the former would be for validation
+            (tmp_path / f"digits/{domain}/{split}.csv").write_text("image_name,label\n" + rows)
     sets = dataset.load_domains(tmp_path, ["usps", "svhn"], "train")
     assert [classes.tolist() for _, classes in sets] == [[9, 8, 7], [19, 18, 17, 16, 15, 14, 13]]
     images, classes = dataset.balanced(sets)
