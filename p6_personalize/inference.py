@@ -57,6 +57,11 @@ def check_tokens(requests, tokens, where):
                 print(f"the prompt {prompt!r} does not name {request.token} and will not show it", file=sys.stderr)
 
 
+def noise_number(place, number, n):
+    """The number that keys the noise of image `n` of prompt `number` of the request at `place` in input.json."""
+    return 1_000_000 * place + 1000 * number + n
+
+
 def settings_of(args, requests):
     """What decides how the images look, as a dict of plain types: settings.json."""
     files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in args.embeds]
@@ -92,7 +97,7 @@ def main():
     check_tokens(requests, [add_embeds(pipe, path) for path in args.embeds], args.input_json)
     open_folder(args.output_dir, json.dumps(settings_of(args, requests), indent=1), requests)
 
-    wanted = {1_000_000 * place + 1000 * number + n:
+    wanted = {noise_number(place, number, n):
               (folder_of(args.output_dir, request, number) / file_name(request, number, n), prompt)
               for place, request in enumerate(requests) for number, prompt in enumerate(request.prompts)
               for n in range(IMAGES)}

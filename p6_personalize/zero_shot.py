@@ -64,18 +64,17 @@ def classify(clip, paths, classes, batch_size=64):
     return torch.cat(rows)
 
 
-def draw_cases(path, folder, table):
-    """Writes a figure of up to five right and five wrong cases with their classes."""
+def draw_cases(path, right, wrong):
+    """Writes a figure of up to five right and five wrong cases, lists of (picture, predicted, label), with their
+    classes."""
     import plots
-    right = table[table.predicted == table.label]
-    wrong = table[table.predicted != table.label]
     figure, axes = plots.plt.subplots(2, 5, figsize=(plots.TEXT_WIDTH, 3.2), squeeze=False)
     for row, cases in zip(axes, (right, wrong)):
         for axis in row:
             axis.axis("off")
-        for axis, case in zip(row, cases.sample(min(5, len(cases)), random_state=0).itertuples()):
-            axis.imshow(read_rgb(folder / case.image_name))
-            axis.set_title(case.predicted if case.predicted == case.label else f"{case.predicted}\n({case.label})")
+        for axis, (picture, predicted, label) in zip(row, cases):
+            axis.imshow(picture)
+            axis.set_title(predicted if predicted == label else f"{predicted}\n({label})")
     plots.save(path, figure)
 
 
@@ -115,7 +114,9 @@ def main():
     if args.output:
         write_atomic(args.output, table.to_csv(index=False).encode())
     if args.figure:
-        draw_cases(args.figure, args.folder, table)
+        draw_cases(args.figure, *([(read_rgb(args.folder / case.image_name), case.predicted, case.label)
+                                   for case in cases.sample(min(5, len(cases)), random_state=0).itertuples()]
+                                  for cases in (table[right], wrong)))
 
 
 if __name__ == "__main__":
