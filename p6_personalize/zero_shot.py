@@ -68,7 +68,7 @@ def draw_cases(path, right, wrong):
     """Writes a figure of up to five right and five wrong cases, lists of (picture, predicted, label), with their
     classes."""
     import plots
-    figure, axes = plots.plt.subplots(2, 5, figsize=(plots.TEXT_WIDTH, 3.2), squeeze=False)
+    figure, axes = plots.plt.subplots(2, 5, figsize=(plots.TEXT_WIDTH, 3.6), squeeze=False)
     for row, cases in zip(axes, (right, wrong)):
         for axis in row:
             axis.axis("off")

@@ -13,25 +13,22 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from p6_personalize.evaluate import CONCEPTS, best_five, scores
 from p6_personalize.inference import noise_number
 from p6_personalize.model import Clip, add_embeds, generate, load_pipeline
-from p6_personalize.prompts import ENSEMBLE, IMAGES, PROMPT, read_requests
-from p6_personalize.tiny.evaluate import with_count
+from p6_personalize.prompts import IMAGES, read_requests
+from p6_personalize.tiny.evaluate import ClipJudge, with_count
 from p6_personalize.tiny.scenes import UNSEEN_LOOK, UNSEEN_OBJECT, caption, read_world
-from p6_personalize.zero_shot import class_vectors, draw_cases
-from p7_clevr.scenes import OBJECTS
+from p6_personalize.zero_shot import draw_cases
 
 
-def cases(clip, images, labels):
-    """(five right cases by one prompt, five wrong ones by the ensemble, how many these are) of pictures of one object:
-    lists of (picture, predicted, label), each of another object where there are as many."""
-    pictures = [to_pil_image(image) for image in images]
-    vectors, found = clip.images(pictures), []
-    for prompts, is_right in ([PROMPT], True), (ENSEMBLE, False):
-        answers = (vectors @ class_vectors(clip, OBJECTS, prompts).T).argmax(1).tolist()
-        chosen = [(picture, OBJECTS[answer], label) for picture, answer, label in zip(pictures, answers, labels)
-                  if (OBJECTS[answer] == label) == is_right]
-        firsts = {label: case for *case, label in reversed(chosen)}
-        found.append([(*case, label) for label, case in firsts.items()][:5])
-    return *found, len(chosen)
+def cases(clip, images, sets):
+    """(five right answers on pictures of one object, five wrong ones on pictures of two): lists of (picture, predicted,
+    label), right ones each of another object."""
+    judge, found = ClipJudge(clip), ({}, {})
+    for count in 1, 2:
+        some, named = with_count(count, images, sets)
+        for image, names, answer in zip(some, named, judge(some, count)):
+            label, predicted = (",\n".join(sorted(objects)) for objects in (names, answer))
+            found[predicted != label].setdefault(label, (to_pil_image(image), predicted, label))
+    return [list(chosen.values())[:5] for chosen in found]
 
 
 def curve_figure(path, records):
@@ -55,9 +52,7 @@ def build(folder, checkpoints, scenes_dir, device, quick):
     """
     clip = Clip(checkpoints / "clip", device)
     pipe = load_pipeline(checkpoints / "pipeline", device, amp_dtype("auto", device))
-    images, sets = with_count(1, *read_world(scenes_dir, "held_out"))
-    right, wrong, wrong_count = cases(clip, images, [name for name, in sets])
-    draw_cases(folder / "p6_cases.svg", right, wrong)
+    draw_cases(folder / "p6_cases.svg", *cases(clip, *read_world(scenes_dir, "held_out")))
 
     def draw(jobs):
         """uint8 (jobs, 3, H, W): the pictures of a list of (number, prompt)."""
@@ -91,7 +86,7 @@ def build(folder, checkpoints, scenes_dir, device, quick):
     table = pd.read_csv(checkpoints / "results.csv")
     count = {name: sum(weight.numel() for weight in part.parameters()) for name, part in
              dict(unet=pipe.unet, vae=pipe.vae, text=pipe.text_encoder, clip=clip.model).items()}
-    return dict(scores=results, wrong=wrong_count, pictures=len(images), parameters=count,
+    return dict(scores=results, parameters=count,
                 results={f"{row.table}: {row.row}": json.loads(row.dropna().to_json()) for _, row in table.iterrows()},
                 minutes={token: sum(line["seconds"] for line in metrics) / 60 for token, metrics in records.items()},
                 steps={token: metrics[-1]["step"] for token, metrics in records.items()})

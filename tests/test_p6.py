@@ -606,7 +606,7 @@ def test_the_tiny_world_trains_and_its_folders_load(world, tmp_path, monkeypatch
                  "--steps", 1, "--evaluator", tmp_path / "none", "--output", tmp_path / "results.csv"]
     call(tiny_evaluate, *evaluated, "--tables", "zero_shot", "judge", "prompts", "concepts")
     table = pd.read_csv(tmp_path / "results.csv")
-    assert table.groupby("table").size().to_dict() == dict(zero_shot=4, judge=2, prompts=2 + 5, concepts=7)
+    assert table.groupby("table").size().to_dict() == dict(zero_shot=6, judge=2, prompts=2 + 5, concepts=7)
     assert table.objects.between(0, 100).all() and (table.pictures >= 1).all()
     assert table[table.row.str.contains("look")].look.notna().sum() == 5 + 3
     with pytest.raises(UserError, match="no picture of a purple sphere and a red cube"):

@@ -5,7 +5,7 @@
 
 Pictures are judged by the evaluator of p7_clevr, which no part of the tiny world has seen, or by the tiny CLIP where
 --evaluator is missing. For pictures in a look the look is undone first. Prints a line for each row, percentages:
-    zero_shot   top-1 accuracy of the tiny CLIP among the 24 objects, on real pictures of one
+    zero_shot   top-1 accuracy of the tiny CLIP on real pictures of one object, among 24, and of two, among 276 pairs
     baselines   what real pictures of input.json's prompts score; its baselines are nine tenths of that
     judge       what the judge finds in real pictures
     prompts     named objects that generated pictures show, pictures that show all of theirs, pictures in the look
@@ -72,8 +72,10 @@ def percent(values):
 
 
 def zero_shot(clip, images, sets):
-    """Yields (row, numbers) of the top-1 accuracy among the 24 objects on pictures of one, by one prompt and by the
-    ensemble."""
+    """Yields (row, numbers) of the top-1 accuracy: among the 24 objects on pictures of one, by one prompt and by the
+    ensemble; among all 276 pairs on pictures of two."""
+    pairs, pair_names = with_count(2, images, sets)
+    images, sets = with_count(1, images, sets)
     vectors = clip.images([to_pil_image(image) for image in images])
     labels = torch.tensor([NUMBERS[names[0]] for names in sets])
     unseen = labels == NUMBERS[UNSEEN_OBJECT]
@@ -81,6 +83,10 @@ def zero_shot(clip, images, sets):
         right = (vectors @ class_vectors(clip, OBJECTS, prompts).T).argmax(1) == labels
         for objects, chosen in (f"{len(SEEN)} seen objects", ~unseen), ("the unseen one", unseen):
             yield f"{prompts_name}, {objects}", dict(objects=percent(right[chosen]), pictures=int(chosen.sum()))
+    right = [[set(names) == found for names, found in zip(pair_names, ClipJudge(clip)(pairs, 2))
+              if (UNSEEN_OBJECT in names) == unseen] for unseen in (False, True)]
+    for objects, of_these in zip(("seen objects", "one of them the unseen one"), right):
+        yield f"pairs, {objects}", dict(objects=percent(of_these), pictures=len(of_these))
 
 
 def with_count(count, images, sets):
@@ -183,7 +189,7 @@ def main():
     stream = random.Random(0)
     ones, pairs = ([stream.sample(SEEN, count) for _ in range(args.count)] for count in (1, 2))
 
-    tables = {"zero_shot": lambda: zero_shot(clip, *with_count(1, images, sets)),
+    tables = {"zero_shot": lambda: zero_shot(clip, images, sets),
               "baselines": lambda: baselines(clip, images, sets)}
     if {"judge", "prompts", "concepts"} & {*args.tables}:
         judge = EvaluatorJudge(args.evaluator, device) if args.evaluator.exists() else ClipJudge(clip)
