@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from files import make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import file_name, folder_of
-from p6_personalize.model import HERE, PIPELINE, add_embeds, generate, load_pipeline
+from p6_personalize.model import HERE, PIPELINE, add_embeds, generate, load_pipeline, read_embeds
 from p6_personalize.prompts import IMAGES, read_requests
 
 EMBEDS = [HERE / "checkpoints/new1.safetensors", HERE / "checkpoints/new2.safetensors"]  # of the tiny pipeline
@@ -73,19 +73,20 @@ def open_folder(output_dir, settings, requests):
     """Makes the folders; removes the images that were made with other settings. UserError on files that the scorer
     would count as images."""
     path = make_output_dir(output_dir) / "settings.json"
-    same = path.is_file() and path.read_text() == settings
+    same, to_delete = path.is_file() and path.read_bytes() == settings.encode(), []
     for request in requests:
         for number in range(len(request.prompts)):
             folder = make_output_dir(folder_of(output_dir, request, number))
             ours = {file_name(request, number, n) for n in range(IMAGES)}
             for file in folder.iterdir():
-                if file.name.startswith(f".source{request.key}_"):  # a write that was killed
-                    file.unlink()
-                    continue
-                if file.name not in ours:
+                if file.name in ours:
+                    to_delete += [] if same and file.stat().st_size else [file]
+                elif file.name.startswith(f".source{request.key}_"):  # a write that was killed
+                    to_delete.append(file)
+                elif not file.name.startswith("."):
                     raise UserError(f"{folder} holds {file.name}, which the scorer would count; move it away")
-                if not same:
-                    file.unlink()
+    for file in to_delete:
+        file.unlink()
     write_atomic(path, settings.encode())
 
 
@@ -93,6 +94,9 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     requests = read_requests(args.input_json)
+    make_output_dir(args.output_dir)
+    for path in args.embeds:  # before the checkpoint, which may take minutes
+        read_embeds(path)
     pipe = load_pipeline(args.checkpoint, device, amp_dtype(args.amp, device))
     check_tokens(requests, [add_embeds(pipe, path) for path in args.embeds], args.input_json)
     open_folder(args.output_dir, json.dumps(settings_of(args, requests), indent=1), requests)

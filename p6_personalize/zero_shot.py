@@ -31,7 +31,7 @@ def read_classes(path):
     """{number: name} of the classes in id2label.json."""
     content = read_json(path)
     if not isinstance(content, dict) or not content or not all(
-            key.isdigit() and isinstance(name, str) and name for key, name in content.items()):
+            key.isdecimal() and isinstance(name, str) and name for key, name in content.items()):
         raise UserError(f"{path} holds no table of classes; it should look like {{\"0\": \"bicycle\"}}")
     return {int(key): name for key, name in content.items()}
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import pickle
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -220,7 +221,7 @@ def test_the_loss_is_that_of_the_paper(kind):
 
 @pytest.mark.parametrize("token, word, message", [
     ("sphere", "cube", "sphere</w> is in the vocabulary already"),
-    ("<|endoftext|>", "cube", "in the vocabulary already"),
+    ("<|endoftext|>", "cube", "in the vocabulary already"), ("<New1>", "cube", "has capitals"),
     ("<new1>", "xylophone", "'xylophone' is 6 tokens"), ("new 1", "cube", "is not one word"),
     ("<new1>", "red cube", "'red cube' is 2 tokens")])
 def test_words_that_cannot_be_learnt_are_named(pipeline, token, word, message):
@@ -317,8 +318,13 @@ def test_the_whole_path_to_the_scores(learnt, pipeline, clip, pictures, tmp_path
         call(evaluate, path, out, "--data_dir", pictures.parent, "--clip", clip)
     monkeypatch.setattr(files, "write_atomic", write)
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
-    (out / "0/0/.source0_prompt0_9.png.12345678").touch()  # of a run that was killed
+    killed = out / "0/0/.source0_prompt0_9.png.12345678"  # of a run that was killed
+    killed.touch()
+    (out / "0/1/.DS_Store").touch()  # of a file manager, which the scorer does not count
+    (out / "0/0/source0_prompt0_8.png").touch()  # of a power cut: empty
     call(inference, *words)
+    assert not killed.exists() and (out / "0/0/source0_prompt0_8.png").stat().st_size
+    (out / "0/1/.DS_Store").unlink()
     assert {file: file.stat().st_mtime_ns for file in before} == before
     for number in range(2):
         names = {file.name for file in (out / "0" / str(number)).iterdir()}
@@ -352,12 +358,14 @@ def test_embeddings_that_do_not_fit_are_named(pipeline, learnt, tmp_path):
     from safetensors.torch import save_file
     one = torch.zeros(1, 8)
     for name, content in (("narrow", {"<new1>": torch.zeros(1, 4)}), ("two", {"<a>": one, "<b>": one.clone()}),
-                          ("known", {"<|endoftext|>": one})):
+                          ("known", {"<|endoftext|>": one}), ("word", {"sphere": one}),
+                          ("empty", {"<new1>": torch.zeros(0, 8)})):
         save_file(content, tmp_path / f"{name}.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"1")
     pipe = model.load_pipeline(pipeline)
     for name, message in (("narrow", "is 4 wide and the checkpoint's texts are 8"),
                           ("two", "no embeddings of one token"), ("known", "in the vocabulary already"),
+                          ("word", "sphere</w> of .* in the vocabulary"), ("empty", "no embeddings of one token"),
                           ("broken", "no whole safetensors file"), ("none", "there are no learnt embeddings")):
         with pytest.raises(UserError, match=message):
             model.add_embeds(pipe, tmp_path / f"{name}.safetensors")
@@ -457,6 +465,32 @@ def single_file(tmp_path_factory):
                 "state_dict": weights}, folder / "sd.ckpt")
     del sys.modules["lightning_of_the_test"]
     return folder / "sd.ckpt", folder / "config", pipe
+
+
+def test_folders_that_lack_weights_are_named(pipeline, clip, tmp_path):
+    """The libraries would fill them with random numbers."""
+    from safetensors.torch import load_file, save_file
+    for source, name, part, load in ((pipeline, "to_k.weight", "unet/diffusion_pytorch_model", model.load_pipeline),
+                                     (pipeline, "fc1.weight", "text_encoder/model", model.load_pipeline),
+                                     (clip, "visual_projection", "model", model.Clip)):
+        folder = tmp_path / part.replace("/", " ")
+        shutil.copytree(source, folder)
+        load(folder)
+        weights = load_file(folder / f"{part}.safetensors")
+        save_file({key: value for key, value in weights.items() if name not in key}, folder / f"{part}.safetensors",
+                  metadata={"format": "pt"})
+        with pytest.raises(UserError, match="does not hold all weights"):
+            load(folder)
+        save_file({key: value * float("nan") for key, value in weights.items()}, folder / f"{part}.safetensors",
+                  metadata={"format": "pt"})
+        with pytest.raises(UserError, match="is missing or broken"):
+            load(folder)
+    words = tmp_path / "no words"
+    shutil.copytree(clip, words)
+    for name in "vocab.json", "merges.txt", "tokenizer.json":
+        (words / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="no vocabulary|cannot be loaded as CLIP's tokenizer"):
+        model.Clip(words)
 
 
 def test_the_original_single_file_is_read(single_file):
@@ -603,7 +637,7 @@ def test_the_tiny_world_trains_and_its_folders_load(world, tmp_path, monkeypatch
         inversion.save_embeds(tmp_path / f"{token}.safetensors", token, torch.rand(1, 8))
     evaluated = ["--data_dir", world, "--clip", tmp_path / "clip/model", "--checkpoint", tmp_path / "pipeline/model",
                  "--embeds", tmp_path / "<new1>.safetensors", tmp_path / "<new2>.safetensors", "--count", 2,
-                 "--steps", 1, "--evaluator", tmp_path / "none", "--output", tmp_path / "results.csv"]
+                 "--steps", 1, "--clip_judges", "--output", tmp_path / "results.csv"]
     call(tiny_evaluate, *evaluated, "--tables", "zero_shot", "judge", "prompts", "concepts")
     table = pd.read_csv(tmp_path / "results.csv")
     assert table.groupby("table").size().to_dict() == dict(zero_shot=6, judge=2, prompts=2 + 5, concepts=7)

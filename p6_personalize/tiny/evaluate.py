@@ -3,8 +3,8 @@
     python3 p6_personalize/tiny/evaluate.py --data_dir DIR --output p6_personalize/checkpoints/results.csv
     python3 p6_personalize/tiny/evaluate.py --data_dir DIR --count 20 --tables zero_shot prompts
 
-Pictures are judged by the evaluator of p7_clevr, which no part of the tiny world has seen, or by the tiny CLIP where
---evaluator is missing. For pictures in a look the look is undone first. Prints a line for each row, percentages:
+Pictures are judged by the evaluator of p7_clevr, which no part of the tiny world has seen; for pictures in a look the
+look is undone first. Prints a line for each row, percentages:
     zero_shot   top-1 accuracy of the tiny CLIP on real pictures of one object, among 24, and of two, among 276 pairs
     baselines   what real pictures of input.json's prompts score; its baselines are nine tenths of that
     judge       what the judge finds in real pictures
@@ -168,6 +168,7 @@ def parse_args():
     parser.add_argument("--embeds", type=nonempty_path, nargs=2, default=EMBEDS, help="of the object and of the look")
     parser.add_argument("--evaluator", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
                         help="what judges, such as the course's checkpoint.pth")
+    parser.add_argument("--clip_judges", action="store_true", help="the tiny CLIP judges instead")
     parser.add_argument("--count", type=int_at_least(1), default=100, help="generated pictures in a row")
     parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float_between(1), default=7.5,
@@ -192,8 +193,7 @@ def main():
     tables = {"zero_shot": lambda: zero_shot(clip, images, sets),
               "baselines": lambda: baselines(clip, images, sets)}
     if {"judge", "prompts", "concepts"} & {*args.tables}:
-        judge = EvaluatorJudge(args.evaluator, device) if args.evaluator.exists() else ClipJudge(clip)
-        print(f"judged by {args.evaluator if args.evaluator.exists() else 'the tiny CLIP'}")
+        judge = ClipJudge(clip) if args.clip_judges else EvaluatorJudge(args.evaluator, device)
         studio = Studio(load_pipeline(args.checkpoint, device, amp_dtype("auto", device)), judge, real, args.steps,
                         args.guidance)
         tables.update(judge=lambda: judged(judge, real, real_sets), prompts=lambda: studio.prompts(ones, pairs),
