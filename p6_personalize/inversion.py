@@ -44,6 +44,8 @@ def add_token(pipe, token, word, vectors=1):
     """
     tokenizer = pipe.tokenizer
     require_new(tokenizer, token, vectors)
+    if vectors > tokenizer.model_max_length - 20:  # beside them a template and two marks
+        raise UserError(f"{vectors} vectors do not fit into a text of {tokenizer.model_max_length} tokens; take fewer")
     names = [token] + [f"{token}_{number}" for number in range(1, vectors)]
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1:

@@ -83,12 +83,15 @@ def main():
     parser.add_argument("folder", type=nonempty_path, help="the images <class>_<number>.png")
     parser.add_argument("--id2label", type=nonempty_path, required=True, help="id2label.json")
     parser.add_argument("--clip", type=nonempty_path, default=CLIP, help="a CLIP model's folder or name")
+    parser.add_argument("--prompt", default=PROMPT, help="the text of a class, with {} for its name")
     parser.add_argument("--ensemble", action="store_true", help=f"the mean of {len(ENSEMBLE)} prompts instead of one")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file: image_name, label, predicted and top5")
     parser.add_argument("--figure", type=nonempty_path, help="an .svg or .png of five right and five wrong cases")
     parser.add_argument("--batch_size", type=int_at_least(1), default=64, help="images at a time")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     args = parser.parse_args()
+    if "{}" not in args.prompt:
+        raise UserError(f"--prompt {args.prompt!r} has no {{}}, where the name of the class goes")
     names = read_classes(args.id2label)
     files, labels = read_labels(args.folder, names)
     for path in args.output, args.figure:
@@ -96,7 +99,7 @@ def main():
             check_output_file(path)
     clip = Clip(args.clip, pick_device(args.device))
     numbers = sorted(names)
-    classes = class_vectors(clip, [names[number] for number in numbers], ENSEMBLE if args.ensemble else [PROMPT])
+    classes = class_vectors(clip, [names[number] for number in numbers], ENSEMBLE if args.ensemble else [args.prompt])
     cosines = classify(clip, [args.folder / file for file in files], classes, args.batch_size)
     ranked = [[names[numbers[i]] for i in row] for row in cosines.topk(min(5, len(names))).indices.tolist()]
 

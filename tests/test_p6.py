@@ -229,6 +229,11 @@ def test_words_that_cannot_be_learnt_are_named(pipeline, token, word, message):
         inversion.add_token(model.load_pipeline(pipeline), token, word)
 
 
+def test_more_vectors_than_a_text_holds_are_refused(pipeline):
+    with pytest.raises(UserError, match="60 vectors do not fit"):
+        inversion.add_token(model.load_pipeline(pipeline), "<new1>", "cube", 60)
+
+
 def test_a_random_square_covers_the_shorter_side():
     picture = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3))
     torch.manual_seed(0)
@@ -345,6 +350,37 @@ def test_the_whole_path_to_the_scores(learnt, pipeline, clip, pictures, tmp_path
         call(inference, *words)
 
 
+def test_images_are_of_these_weights_wherever_they_lie(learnt, pipeline, tmp_path):
+    from safetensors.torch import load_file, save_file
+    (tmp_path / "input.json").write_text(json.dumps({"0": dict(REQUEST, prompt=["a photo of a <new1>"],
+                                                               prompt_4_clip_eval=[], baseline=[])}))
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(pipeline, here)
+
+    def draw(checkpoint):
+        call(inference, tmp_path / "input.json", tmp_path / "out", checkpoint, "--embeds",
+             learnt / "learned_embeds.safetensors", "--steps", 1, "--amp", "off")
+        return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out/0/0").iterdir()}
+
+    first = draw(here)
+    here.rename(there)
+    assert draw(there) == first
+    weights = load_file(there / "unet/diffusion_pytorch_model.safetensors")
+    save_file({name: 1.1 * value for name, value in weights.items()},
+              there / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    assert all(time > first[name] for name, time in draw(there).items())
+
+
+def test_prompts_that_will_not_show_their_concept_are_said(learnt, pipeline, capsys):
+    pipe = model.load_pipeline(pipeline)
+    token = model.add_embeds(pipe, learnt / "learned_embeds.safetensors")
+    good, stranger, long = "a <new1>", "a <new1> in the style of <new2>", "very " * 60 + "large <new1>"
+    request = prompts.Request("0", token, [good, stranger, long], [], [])
+    inference.check_tokens([request], [token], pipe.tokenizer, "input.json")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "names <new2>, which" in said[0] and said[1].endswith("is too long and will be cut off")
+
+
 def test_an_image_depends_on_its_number_alone(pipeline):
     pipe = model.load_pipeline(pipeline)
     jobs = [(number, "a red cube") for number in range(3)]
@@ -375,7 +411,7 @@ def test_embeddings_that_do_not_fit_are_named(pipeline, learnt, tmp_path):
     assert inversion.token_ids(pipe, ["<new1> in the style of <new2>"])[0, 1:9].max() >= 722
     requests = [prompts.Request("0", "<new3>", ["a <new3>"], [], [])]
     with pytest.raises(UserError, match="asks for <new3>, and --embeds brings <new1>, <new2>"):
-        inference.check_tokens(requests, ["<new1>", "<new2>"], "input.json")
+        inference.check_tokens(requests, ["<new1>", "<new2>"], pipe.tokenizer, "input.json")
 
 
 def test_the_score_is_the_courses():
@@ -564,6 +600,13 @@ def test_zero_shot_is_transformers_own_answer(clip, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"top 1 {100 * right:.2f} %, top 5 100.00 %" in said and "taken for" in said
     assert Image.open(tmp_path / "cases.png").size[0] > 500
+    ensemble = zero_shot.class_vectors(ours, list(names.values()), prompts.ENSEMBLE)
+    call(zero_shot, folder, "--id2label", tmp_path / "id2label.json", "--clip", clip, "--ensemble", "--output",
+         tmp_path / "out.csv")
+    answers = (ours.images([read_rgb(folder / row[0]) for row in rows[1:]]) @ ensemble.T).argmax(1).tolist()
+    assert pd.read_csv(tmp_path / "out.csv").predicted.tolist() == [list(names.values())[i] for i in answers]
+    with pytest.raises(UserError, match="has no {}"):
+        call(zero_shot, folder, "--id2label", tmp_path / "id2label.json", "--clip", clip, "--prompt", "a photo")
     (folder / "3_1.png").write_bytes(b"")
     with pytest.raises(UserError, match="holds 3_1.png, which is not named"):
         call(zero_shot, folder, "--id2label", tmp_path / "id2label.json", "--clip", clip)
