@@ -22,8 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, as_input, autocast, image_generators, int_at_least, nonempty_path,
-                   randn, run)
+from utils import UserError, argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run
 
 import torch
 from torchvision.utils import make_grid
@@ -31,7 +30,7 @@ from torchvision.utils import make_grid
 import training
 from dataset import read_image_source
 from p2_ddim.ddim import T, ddpm_loss, noise_schedule, sample, stretch
-from transforms import random_mirror
+from transforms import as_input, random_mirror
 from UNet import STRIDE, UNet
 
 

@@ -4,7 +4,7 @@ The word's embedding v* is what minimises the diffusion loss on a few pictures (
 in neutral contexts.
 """
 
-from utils import UserError, as_input
+from utils import UserError
 
 import torch
 from PIL import Image
@@ -13,6 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from files import write_atomic
 from p6_personalize.model import require_new
+from transforms import as_input
 
 
 class Rows(nn.Module):

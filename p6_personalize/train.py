@@ -70,9 +70,8 @@ def main():
         raise UserError(f"--validation_prompt {args.validation_prompt!r} lacks the new word {args.placeholder_token}")
     if args.choose and not args.validation_prompt:
         raise UserError("--choose judges images of a --validation_prompt; give one")
-    for name in "checkpoint", "choose":  # --resume compares them
-        path = getattr(args, name)
-        setattr(args, name, path.resolve() if path and path.exists() else path)
+    args.checkpoint, args.choose = (path.resolve() if path and path.exists() else path  # as --resume compares them
+                                    for path in (args.checkpoint, args.choose))
     references = [read_rgb(args.data_dir / name) for name in list_images(args.data_dir)]
     process, saved = training.start(args, "p6_personalize")
     if process.count > 1:

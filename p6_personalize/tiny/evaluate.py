@@ -19,8 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, amp_dtype, argument_parser, as_input, float_between, int_at_least, nonempty_path,
-                   pick_device, run)
+from utils import UserError, amp_dtype, argument_parser, float_between, int_at_least, nonempty_path, pick_device, run
 
 import pandas as pd
 import torch
@@ -38,6 +37,7 @@ from p6_personalize.tiny.scenes import (SEEN, SEEN_LOOKS, UNSEEN_LOOK, UNSEEN_OB
 from p6_personalize.zero_shot import class_vectors
 from p7_clevr.evaluator import CHECKPOINTS, Evaluator
 from p7_clevr.scenes import NUMBERS, OBJECTS
+from transforms import as_input
 
 TABLES = ["zero_shot", "baselines", "judge", "prompts", "concepts"]
 
