@@ -110,9 +110,9 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     requests = read_requests(args.input_json)
-    make_output_dir(args.output_dir)
     for path in args.embeds:  # before the checkpoint, which may take minutes
         read_embeds(path)
+    make_output_dir(args.output_dir)
     pipe = load_pipeline(args.checkpoint, device, amp_dtype(args.amp, device))
     check_tokens(requests, [add_embeds(pipe, path) for path in args.embeds], pipe.tokenizer, args.input_json)
     open_folder(args.output_dir, json.dumps(settings_of(args, requests), indent=1), requests)
