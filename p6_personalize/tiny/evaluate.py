@@ -6,7 +6,7 @@
 Pictures are judged by the evaluator of p7_clevr, which no part of the tiny world has seen; for pictures in a look the
 look is undone first. Prints a line for each row, percentages:
     zero_shot   top-1 accuracy of the tiny CLIP on real pictures of one object, among 24, and of two, among 276 pairs
-    baselines   what real pictures of input.json's prompts score; its baselines are nine tenths of that
+    baselines   what real pictures of input.json's prompts score; its baselines are nine tenths of that, rounded down
     judge       what the judge finds in real pictures
     prompts     named objects that generated pictures show, pictures that show all of theirs, pictures in the look
     concepts    the same of the held-out object and look, before and after textual inversion
@@ -68,6 +68,7 @@ class EvaluatorJudge:
 
 
 def percent(values):
+    """The share of true ones among booleans in %, to one decimal."""
     return round(100 * torch.as_tensor(values).float().mean().item(), 1)
 
 
@@ -171,8 +172,7 @@ def parse_args():
     parser.add_argument("--clip_judges", action="store_true", help="the tiny CLIP judges instead")
     parser.add_argument("--count", type=int_at_least(1), default=100, help="generated pictures in a row")
     parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
-    parser.add_argument("--guidance", type=float_between(1), default=7.5,
-                        help="classifier-free guidance; 1 is none")
+    parser.add_argument("--guidance", type=float_between(1), default=7.5, help="classifier-free guidance; 1 is none")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file that gets all rows")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser.parse_args()
