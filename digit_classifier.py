@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, as_input, int_at_least, nonempty_path, pick_device, run
+from utils import UserError, argument_parser, int_at_least, nonempty_path, pick_device, run
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from torch import nn
 from dataset import DOMAIN_NAMES, list_images, load_split, read_images, some
 from files import check_output_file, find_weights, load_torch, load_weights, write_atomic
 from training import average, ema_decay, seed_all
-from transforms import random_affine, uniform
+from transforms import as_input, random_affine, uniform
 
 CHECKPOINTS = {"mnistm": ROOT / "Classifier.pth", "svhn": ROOT / "Classifier_svhn.pth"}
 PANEL = ROOT / "Classifier_panel.pth"

@@ -62,12 +62,12 @@ def add_arguments(parser, required=True):
                         help="folders and zip files of faces, each PATH, or PATH:6-58 for squashed frames")
 
 
-def read_faces(sources):
-    """The Faces of a list of FaceSources, in the order of the sources and of the names in each.
+def read_faces(sources, size=SIZE):
+    """The Faces of a list of FaceSources, in the order of the sources and of the names in each, of side `size`.
 
     UserError when a source cannot be read, an image's name holds no number, or rows exceed an image.
     """
-    parts = [(source, *read_image_source(source.path, SIZE, source.rows)) for source in sources]
+    parts = [(source, *read_image_source(source.path, size, source.rows)) for source in sources]
     numbers = np.array([_number(name, source.path) for source, _, names in parts for name in names], dtype=np.int64)
     _, first = np.unique(numbers, return_index=True)
     first.sort()
@@ -80,9 +80,9 @@ def split_faces(faces):
     return faces.take(~held_out), faces.take(held_out)
 
 
-def training_faces(sources):
+def training_faces(sources, size=SIZE):
     """The training part of split_faces; UserError when nothing is left of it."""
-    training, _ = split_faces(read_faces(sources))
+    training, _ = split_faces(read_faces(sources, size))
     if not len(training.images):
         raise UserError(f"{sources[0].path} holds no face to train on: the numbers {VALIDATION[0]} to {VALIDATION[-1]} "
                         "are kept for validation; name more faces")

@@ -34,7 +34,7 @@ from files import load_checkpoint, lock, make_output_dir, save_checkpoint, save_
 from utils import UserError, add_amp_argument, amp_dtype, cpu_has_bfloat16, float_between, int_at_least, pick_device
 
 # Flags that say where and how a training runs, and do not change what comes out.
-NOT_RECIPE = ("data_dir", "output_dir", "resume", "dry_run", "device", "amp", "save_every")
+NOT_RECIPE = ("data_dir", "output_dir", "resume", "dry_run", "device", "amp", "save_every", "gradient_checkpointing")
 
 
 class Process(NamedTuple):

@@ -1,4 +1,4 @@
-"""Random changes of whole batches of images at once, on the device where they are; each image gets its own.
+"""Whole batches of images at once, on the device where they are: as input, and random changes, each image its own.
 
 The random numbers are PyTorch's, of the device's default generator.
 """
@@ -7,6 +7,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+
+def as_input(images):
+    """Pixels of uint8 images, 0..255, as the networks take them: float in [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def uniform(low, high, count, device):

@@ -215,11 +215,6 @@ def randn(generators, shape, device="cpu"):
 
 # --- Images -------------------------------------------------------------------------------------
 
-def as_input(images):
-    """Pixels of uint8 images, 0..255, as the networks take them: float in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
 def to_uint8(images):
     """Float images in [0, 1] to uint8 0..255, rounded to nearest as torchvision's save_image does."""
     return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8)

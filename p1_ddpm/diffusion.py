@@ -16,7 +16,8 @@ import math
 
 import torch
 
-from utils import UserError, as_input, autocast, beta_scheduler, randn
+from transforms import as_input
+from utils import UserError, autocast, beta_scheduler, randn
 
 
 def noise_schedule(name="linear", timesteps=1000):

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, as_input, autocast, float_between, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
 
 import torch
 
@@ -32,6 +32,7 @@ from dataset import DOMAINS, balanced, load_domains
 from p1_ddpm.diffusion import ddpm_loss, noise_schedule, require_noise, validation_loss
 from p1_ddpm.inference import sample_grid
 from p1_ddpm.model import UNet
+from transforms import as_input
 
 
 def parse_args():

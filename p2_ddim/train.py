@@ -22,22 +22,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, as_input, autocast, image_generators, int_at_least, nonempty_path,
-                   randn, run)
+from utils import UserError, argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run
 
 import torch
 from torchvision.utils import make_grid
 
 import training
-from dataset import read_image_source
+from faces import add_arguments, training_faces
 from p2_ddim.ddim import T, ddpm_loss, noise_schedule, sample, stretch
-from transforms import random_mirror
+from transforms import as_input, random_mirror
 from UNet import STRIDE, UNet
 
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("--data_dir", type=nonempty_path, required=True, help="folder or zip file of face images")
+    add_arguments(parser)
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p2_ddim/output", help="where to write")
     parser.add_argument("--size", type=int_at_least(STRIDE), default=64, help=f"side of the images, times {STRIDE}")
     parser.add_argument("--channel", type=int_at_least(4), default=32, help="width of the UNet; the course's has 128")
@@ -66,7 +65,7 @@ def main():
     except ValueError as error:
         raise UserError(f"--channel {args.channel} does not fit: {error}")
     process, saved = training.start(args, "p2_ddim")
-    images = read_image_source(args.data_dir, args.size)[0].to(process.device)
+    images = training_faces(args.data_dir, args.size).images.to(process.device)
     per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch
 

@@ -22,8 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (argument_parser, as_input, autocast, image_generators, int_at_least, nonempty_path, randn, run,
-                   to_uint8)
+from utils import argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run, to_uint8
 
 import torch
 from torchvision.utils import make_grid
@@ -32,7 +31,7 @@ import training
 from faces import add_arguments, training_faces
 from p5_gan.losses import LOSSES
 from p5_gan.model import Discriminator, Generator
-from transforms import random_mirror
+from transforms import as_input, random_mirror
 
 
 def parse_args():

@@ -10,6 +10,7 @@ run that was interrupted goes on where it stopped; images of other settings are 
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from files import make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import file_name, folder_of
-from p6_personalize.model import HERE, PIPELINE, add_embeds, generate, load_pipeline
+from p6_personalize.model import HERE, PIPELINE, add_embeds, generate, load_pipeline, read_embeds
 from p6_personalize.prompts import IMAGES, read_requests
 
 EMBEDS = [HERE / "checkpoints/new1.safetensors", HERE / "checkpoints/new2.safetensors"]  # of the tiny pipeline
@@ -46,8 +47,8 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_tokens(requests, tokens, where):
-    """Says which prompts name no learnt token; UserError when a concept's own token has not been learnt."""
+def check_tokens(requests, tokens, tokenizer, where):
+    """Says which prompts will not show what they ask for; UserError when a concept's own token has not been learnt."""
     for request in requests:
         if request.token not in tokens:
             raise UserError(f"entry \"{request.key}\" of {where} asks for {request.token}, and --embeds brings "
@@ -55,32 +56,53 @@ def check_tokens(requests, tokens, where):
         for prompt in request.prompts:
             if request.token not in prompt:
                 print(f"the prompt {prompt!r} does not name {request.token} and will not show it", file=sys.stderr)
+            for word in re.findall(r"<[^<>\s]+>", prompt):
+                if word not in tokens:
+                    print(f"the prompt {prompt!r} names {word}, which --embeds does not bring", file=sys.stderr)
+            if len(tokenizer(prompt).input_ids) > tokenizer.model_max_length:
+                print(f"the prompt {prompt!r} is too long and will be cut off", file=sys.stderr)
+
+
+def noise_number(place, number, n):
+    """The number that keys the noise of image `n` of prompt `number` of the request at `place` in input.json."""
+    return 1_000_000 * place + 1000 * number + n
+
+
+def digest(path):
+    """SHA-256 of a file; of a large one it takes some seconds."""
+    with open(path, "rb") as file:
+        content = hashlib.sha256()
+        while block := file.read(2**20):
+            content.update(block)
+    return content.hexdigest()
 
 
 def settings_of(args, requests):
     """What decides how the images look, as a dict of plain types: settings.json."""
-    files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in args.embeds]
-    return dict(prompts=[request.prompts for request in requests], checkpoint=str(args.checkpoint.resolve()),
-                embeds=files, steps=args.steps, guidance=args.guidance, seed=args.seed)
+    weights = [args.checkpoint] if args.checkpoint.is_file() else sorted(args.checkpoint.glob("*/*.safetensors"))
+    return dict(prompts=[request.prompts for request in requests],
+                checkpoint=[digest(path) for path in weights] or str(args.checkpoint),  # or a name on the hub
+                embeds=[digest(path) for path in args.embeds], steps=args.steps, guidance=args.guidance, seed=args.seed)
 
 
 def open_folder(output_dir, settings, requests):
     """Makes the folders; removes the images that were made with other settings. UserError on files that the scorer
     would count as images."""
     path = make_output_dir(output_dir) / "settings.json"
-    same = path.is_file() and path.read_text() == settings
+    same, to_delete = path.is_file() and path.read_bytes() == settings.encode(), []
     for request in requests:
         for number in range(len(request.prompts)):
             folder = make_output_dir(folder_of(output_dir, request, number))
             ours = {file_name(request, number, n) for n in range(IMAGES)}
             for file in folder.iterdir():
-                if file.name.startswith(f".source{request.key}_"):  # a write that was killed
-                    file.unlink()
-                    continue
-                if file.name not in ours:
+                if file.name in ours:
+                    to_delete += [] if same and file.stat().st_size else [file]
+                elif file.name.startswith(f".source{request.key}_"):  # a write that was killed
+                    to_delete.append(file)
+                elif not file.name.startswith("."):
                     raise UserError(f"{folder} holds {file.name}, which the scorer would count; move it away")
-                if not same:
-                    file.unlink()
+    for file in to_delete:
+        file.unlink()
     write_atomic(path, settings.encode())
 
 
@@ -88,11 +110,14 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     requests = read_requests(args.input_json)
+    for path in args.embeds:  # before the checkpoint, which may take minutes
+        read_embeds(path)
+    make_output_dir(args.output_dir)
     pipe = load_pipeline(args.checkpoint, device, amp_dtype(args.amp, device))
-    check_tokens(requests, [add_embeds(pipe, path) for path in args.embeds], args.input_json)
+    check_tokens(requests, [add_embeds(pipe, path) for path in args.embeds], pipe.tokenizer, args.input_json)
     open_folder(args.output_dir, json.dumps(settings_of(args, requests), indent=1), requests)
 
-    wanted = {1_000_000 * place + 1000 * number + n:
+    wanted = {noise_number(place, number, n):
               (folder_of(args.output_dir, request, number) / file_name(request, number, n), prompt)
               for place, request in enumerate(requests) for number, prompt in enumerate(request.prompts)
               for n in range(IMAGES)}

@@ -4,7 +4,7 @@ The word's embedding v* is what minimises the diffusion loss on a few pictures (
 in neutral contexts.
 """
 
-from utils import UserError, as_input
+from utils import UserError
 
 import torch
 from PIL import Image
@@ -12,6 +12,8 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from files import write_atomic
+from p6_personalize.model import require_new
+from transforms import as_input
 
 
 class Rows(nn.Module):
@@ -41,14 +43,11 @@ def add_token(pipe, token, word, vectors=1):
 
     As in diffusers, several vectors are the tokens <new1>, <new1>_1, ... which stand for <new1> in every prompt.
     """
-    tokenizer, vocabulary = pipe.tokenizer, pipe.tokenizer.get_vocab()
-    if token.split() != [token]:
-        raise UserError(f"the token {token!r} is not one word; take one such as <new1>")
+    tokenizer = pipe.tokenizer
+    require_new(tokenizer, token, vectors)
+    if vectors > tokenizer.model_max_length - 20:  # beside them a template and two marks
+        raise UserError(f"{vectors} vectors do not fit into a text of {tokenizer.model_max_length} tokens; take fewer")
     names = [token] + [f"{token}_{number}" for number in range(1, vectors)]
-    for name in [*names, token.lower() + "</w>"]:
-        if name in vocabulary:
-            raise UserError(f"the token {name} is in the vocabulary already; take one that no text uses, "
-                            "such as <new1>")
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1:
         raise UserError(f"the initial word {word!r} is {len(ids)} tokens ({' '.join(tokenizer.tokenize(word))}); "

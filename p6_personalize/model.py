@@ -53,6 +53,25 @@ def _loaded(function, path, what, **arguments):
                         "of one that huggingface_hub has downloaded to this computer")
 
 
+def _whole(part, path, what, **arguments):
+    """part.from_pretrained(path); UserError when weights are missing, which the libraries make up, or are NaN."""
+    network, report = _loaded(part.from_pretrained, path, what, output_loading_info=True, **arguments)
+    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    wrong += [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
+    if wrong:
+        raise UserError(f"{path} does not hold all weights of {what}: {wrong[0]} is missing or broken; fetch it again")
+    return network
+
+
+def _tokenizer(path, **arguments):
+    """CLIP's tokenizer; UserError without a vocabulary, where transformers 5 makes an empty one."""
+    from transformers import CLIPTokenizer
+    tokenizer = _loaded(CLIPTokenizer.from_pretrained, path, "CLIP's tokenizer", **arguments)
+    if len(tokenizer) < 512:  # the single bytes alone
+        raise UserError(f"{path} has no vocabulary of CLIP's tokenizer; fetch it again")
+    return tokenizer
+
+
 # --- CLIP ---------------------------------------------------------------------------------------
 
 class Clip:
@@ -60,10 +79,10 @@ class Clip:
 
     def __init__(self, path, device="cpu"):
         require_libraries()
-        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+        from transformers import CLIPImageProcessor, CLIPModel
         self.device = torch.device(device)
-        self.model = _loaded(CLIPModel.from_pretrained, path, "a CLIP model").float().to(device).eval()
-        self.tokenizer = _loaded(CLIPTokenizer.from_pretrained, path, "CLIP's tokenizer")
+        self.model = _whole(CLIPModel, path, "a CLIP model").float().to(device).eval()
+        self.tokenizer = _tokenizer(path)
         self.prepare = _loaded(CLIPImageProcessor.from_pretrained, path, "CLIP's image processor")
 
     @torch.no_grad()
@@ -97,13 +116,19 @@ def load_pipeline(path, device="cpu", dtype=None, config=SD_V1):
     format, the name of one downloaded before, or a single file such as sd-v1-4.ckpt, which `config` explains.
     """
     require_libraries()
-    from diffusers import StableDiffusionPipeline
-    path = Path(path)
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+    path, what = Path(path), "a Stable Diffusion pipeline"
     if path.is_file():
         pipe = _from_single_file(path, config)
     else:
-        pipe = _loaded(StableDiffusionPipeline.from_pretrained, path, "a Stable Diffusion pipeline",
-                       low_cpu_mem_usage=False, safety_checker=None, requires_safety_checker=False)
+        pipe = _loaded(
+            StableDiffusionPipeline.from_pretrained, path, what,
+            text_encoder=_whole(CLIPTextModel, path, what, subfolder="text_encoder"),
+            tokenizer=_tokenizer(path, subfolder="tokenizer"),
+            **{name: _whole(part, path, what, subfolder=name, low_cpu_mem_usage=False)
+               for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))},
+            safety_checker=None, requires_safety_checker=False)
     for part in pipe.unet, pipe.vae, pipe.text_encoder:
         part.to(device, dtype or torch.float32).eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
@@ -178,8 +203,27 @@ class Shell:
     def __setstate__(self, state):
         pass
 
+    def __setitem__(self, key, value):
+        pass
+
+    append = extend = __setstate__
+
 
 # --- Learnt embeddings --------------------------------------------------------------------------
+
+def require_new(tokenizer, token, vectors, where=""):
+    """UserError unless `token` is one word, in small letters, that the tokenizer does not know yet."""
+    if token.split() != [token]:
+        raise UserError(f"the token {token!r}{where} is not one word; take one such as <new1>")
+    if token != token.lower():
+        raise UserError(f"the token {token}{where} has capitals, which not every release of the tokenizer tells apart; "
+                        f"take {token.lower()}")
+    vocabulary = tokenizer.get_vocab()
+    for name in token, token + "</w>", *(f"{token}_{number}" for number in range(1, vectors)):
+        if name in vocabulary:
+            raise UserError(f"the token {name}{where} is in the vocabulary already; take one that no text uses, such "
+                            "as <new1>")
+
 
 def read_embeds(path):
     """(token, rows (vectors, width)) of a learned_embeds file: .safetensors, or what torch.save has written."""
@@ -193,10 +237,10 @@ def read_embeds(path):
             raise UserError(f"{path} is no whole safetensors file ({type(error).__name__}); train it anew")
     else:
         content = load_torch(path, "file of embeddings")
-    if not isinstance(content, dict) or len(content) != 1 or not torch.is_tensor(next(iter(content.values()))):
+    rows = next(iter(content.values())) if isinstance(content, dict) and len(content) == 1 else None
+    if not torch.is_tensor(rows) or rows.ndim not in (1, 2) or not rows.numel():
         raise UserError(f"{path} holds no embeddings of one token, {{\"<new1>\": rows}}; name a learned_embeds file")
-    (token, rows), = content.items()
-    return token, torch.atleast_2d(rows.float())
+    return next(iter(content)), torch.atleast_2d(rows.float())
 
 
 def add_embeds(pipe, path):
@@ -206,8 +250,7 @@ def add_embeds(pipe, path):
     if rows.shape[1] != width:
         raise UserError(f"the embedding of {token} in {path} is {rows.shape[1]} wide and the checkpoint's texts are "
                         f"{width}: it was learnt with another network; train it with this one")
-    if token in pipe.tokenizer.get_vocab():
-        raise UserError(f"{path} brings the token {token}, which is in the vocabulary already; name one file a token")
+    require_new(pipe.tokenizer, token, len(rows), f" of {path}")
     pipe.load_textual_inversion({token: rows})
     return token
 

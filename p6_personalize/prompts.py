@@ -1,5 +1,6 @@
 """Texts: the templates that concepts are learnt and classes are named with, and the course's input.json."""
 
+import math
 from typing import NamedTuple
 
 from files import read_json
@@ -47,7 +48,7 @@ def read_requests(path):
 
 
 def _request(key, entry, where):
-    if key in ("", ".", "..") or "/" in key or "\\" in key:
+    if key in ("", ".", "..") or not key.isprintable() or "/" in key or "\\" in key:
         raise UserError(f"{where} cannot name a folder; take a number")
     if not isinstance(entry, dict):
         raise UserError(f"{where} is no table; it needs token_name, prompt, prompt_4_clip_eval and baseline")
@@ -60,7 +61,7 @@ def _request(key, entry, where):
     if not _texts(clip_prompts) or len(clip_prompts) not in (0, len(prompts)):
         raise UserError(f"{where} needs as many texts in prompt_4_clip_eval as in prompt, {len(prompts)}")
     pairs = isinstance(baselines, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)
+        isinstance(pair, list) and len(pair) == 2 and all(type(x) in (int, float) and math.isfinite(x) for x in pair)
         for pair in baselines)
     if not pairs or len(baselines) not in (0, len(prompts)):
         raise UserError(f"{where} needs a baseline of [image score, text score] for each of its {len(prompts)} prompts")

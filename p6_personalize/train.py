@@ -70,12 +70,15 @@ def main():
         raise UserError(f"--validation_prompt {args.validation_prompt!r} lacks the new word {args.placeholder_token}")
     if args.choose and not args.validation_prompt:
         raise UserError("--choose judges images of a --validation_prompt; give one")
+    args.checkpoint, args.choose = (path.resolve() if path and path.exists() else path  # as --resume compares them
+                                    for path in (args.checkpoint, args.choose))
     references = [read_rgb(args.data_dir / name) for name in list_images(args.data_dir)]
     process, saved = training.start(args, "p6_personalize")
     if process.count > 1:
         raise UserError("textual inversion trains in one process; start it without torchrun")
-    pipe = load_pipeline(args.checkpoint, process.device, process.dtype)
-    pipe.text_encoder.float()  # through which the gradient comes to the rows
+    pipe = load_pipeline(args.checkpoint, process.device)
+    for part in pipe.unet, pipe.vae:  # not the text encoder, through which the gradient comes to the rows
+        part.to(process.dtype or torch.float32)
     rows = add_token(pipe, args.placeholder_token, args.initializer_token, args.num_vectors)
     if args.gradient_checkpointing:
         pipe.unet.train()  # where the libraries do it; neither network has dropout or batch statistics

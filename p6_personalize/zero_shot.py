@@ -31,7 +31,7 @@ def read_classes(path):
     """{number: name} of the classes in id2label.json."""
     content = read_json(path)
     if not isinstance(content, dict) or not content or not all(
-            key.isdigit() and isinstance(name, str) and name for key, name in content.items()):
+            key.isdecimal() and isinstance(name, str) and name for key, name in content.items()):
         raise UserError(f"{path} holds no table of classes; it should look like {{\"0\": \"bicycle\"}}")
     return {int(key): name for key, name in content.items()}
 
@@ -64,18 +64,17 @@ def classify(clip, paths, classes, batch_size=64):
     return torch.cat(rows)
 
 
-def draw_cases(path, folder, table):
-    """Writes a figure of up to five right and five wrong cases with their classes."""
+def draw_cases(path, right, wrong):
+    """Writes a figure of up to five right and five wrong cases, lists of (picture, predicted, label), with their
+    classes."""
     import plots
-    right = table[table.predicted == table.label]
-    wrong = table[table.predicted != table.label]
-    figure, axes = plots.plt.subplots(2, 5, figsize=(plots.TEXT_WIDTH, 3.2), squeeze=False)
+    figure, axes = plots.plt.subplots(2, 5, figsize=(plots.TEXT_WIDTH, 3.6), squeeze=False)
     for row, cases in zip(axes, (right, wrong)):
         for axis in row:
             axis.axis("off")
-        for axis, case in zip(row, cases.sample(min(5, len(cases)), random_state=0).itertuples()):
-            axis.imshow(read_rgb(folder / case.image_name))
-            axis.set_title(case.predicted if case.predicted == case.label else f"{case.predicted}\n({case.label})")
+        for axis, (picture, predicted, label) in zip(row, cases):
+            axis.imshow(picture)
+            axis.set_title(predicted if predicted == label else f"{predicted}\n({label})")
     plots.save(path, figure)
 
 
@@ -84,12 +83,15 @@ def main():
     parser.add_argument("folder", type=nonempty_path, help="the images <class>_<number>.png")
     parser.add_argument("--id2label", type=nonempty_path, required=True, help="id2label.json")
     parser.add_argument("--clip", type=nonempty_path, default=CLIP, help="a CLIP model's folder or name")
+    parser.add_argument("--prompt", default=PROMPT, help="the text of a class, with {} for its name")
     parser.add_argument("--ensemble", action="store_true", help=f"the mean of {len(ENSEMBLE)} prompts instead of one")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file: image_name, label, predicted and top5")
     parser.add_argument("--figure", type=nonempty_path, help="an .svg or .png of five right and five wrong cases")
     parser.add_argument("--batch_size", type=int_at_least(1), default=64, help="images at a time")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     args = parser.parse_args()
+    if "{}" not in args.prompt:
+        raise UserError(f"--prompt {args.prompt!r} has no {{}}, where the name of the class goes")
     names = read_classes(args.id2label)
     files, labels = read_labels(args.folder, names)
     for path in args.output, args.figure:
@@ -97,7 +99,7 @@ def main():
             check_output_file(path)
     clip = Clip(args.clip, pick_device(args.device))
     numbers = sorted(names)
-    classes = class_vectors(clip, [names[number] for number in numbers], ENSEMBLE if args.ensemble else [PROMPT])
+    classes = class_vectors(clip, [names[number] for number in numbers], ENSEMBLE if args.ensemble else [args.prompt])
     cosines = classify(clip, [args.folder / file for file in files], classes, args.batch_size)
     ranked = [[names[numbers[i]] for i in row] for row in cosines.topk(min(5, len(names))).indices.tolist()]
 
@@ -115,7 +117,9 @@ def main():
     if args.output:
         write_atomic(args.output, table.to_csv(index=False).encode())
     if args.figure:
-        draw_cases(args.figure, args.folder, table)
+        draw_cases(args.figure, *([(read_rgb(args.folder / case.image_name), case.predicted, case.label)
+                                   for case in cases.sample(min(5, len(cases)), random_state=0).itertuples()]
+                                  for cases in (table[right], wrong)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, as_input, nonempty_path, run
+from utils import argument_parser, nonempty_path, run
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from dataset import read_images
 from digit_classifier import frechet_distance
 from p7_clevr.evaluator import CHECKPOINTS, Evaluator
 from p7_clevr.scenes import CONDITIONS, SIZE, empty_background, multi_hot, read_conditions, read_scenes
+from transforms import as_input
 
 
 def count_objects(images, background):

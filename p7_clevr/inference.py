@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, as_input, float_between, image_generators, in_batches, nonempty_path,
-                   pick_device, randn, require_finite, run, to_uint8)
+from utils import (UserError, argument_parser, float_between, image_generators, in_batches, nonempty_path, pick_device,
+                   randn, require_finite, run, to_uint8)
 
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ from p7_clevr.evaluator import CHECKPOINTS, Evaluator, load_grader
 from p7_clevr.guidance import algorithm_1, algorithm_2, clean_gradient, noisy_gradient
 from p7_clevr.model import load_model, scene_schedule
 from p7_clevr.scenes import CONDITIONS, check_objects, multi_hot, read_conditions
+from transforms import as_input
 
 CHECKPOINT = CHECKPOINTS / "scenes.pt"
 SHIPPED = Sampling(guidance=2.0, interval=(0, 1000))  # the setting of lab6.sh

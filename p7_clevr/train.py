@@ -18,13 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, as_input, autocast, float_between, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
 
 import training
 from p1_ddpm.diffusion import ddpm_loss, require_noise
 from p1_ddpm.inference import sample_grid
 from p7_clevr.model import SceneUNet, scene_schedule
 from p7_clevr.scenes import multi_hot, official_sets, read_scenes
+from transforms import as_input
 
 
 def parse_args():

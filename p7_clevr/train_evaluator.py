@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, as_input, autocast, float_between, nonempty_path, run
+from utils import argument_parser, autocast, float_between, nonempty_path, run
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from p1_ddpm.diffusion import diffuse
 from p7_clevr.evaluator import NETWORKS, top_k_hits
 from p7_clevr.model import scene_schedule
 from p7_clevr.scenes import empty_background, read_scenes
-from transforms import random_affine, uniform
+from transforms import as_input, random_affine, uniform
 
 SCHEDULE = dict(name="cosine", timesteps=1000, shift=3.0)  # the generator's
 

@@ -33,7 +33,7 @@ from PIL import Image
 
 from files import make_output_dir, write_atomic
 from plots import FONT, FONT_DIR
-from report import p1, p2, p3
+from report import p1, p2, p3, p6
 
 
 class Assignment(NamedTuple):
@@ -46,6 +46,8 @@ class Assignment(NamedTuple):
 ASSIGNMENTS = {
     "dlcv2023_hw2": Assignment("Conditional diffusion, DDIM and domain-adversarial training",
                                "Deep Learning for Computer Vision, NTU, Fall 2023, homework 2", ("p1", "p2", "p3")),
+    "dlcv2024_hw2": Assignment("DDIM and personalization",
+                               "Deep Learning for Computer Vision, NTU, Fall 2024, homework 2", ("p2", "p6")),
 }
 # Each draws its figures into a folder and returns its numbers; the text is in the .typ file of the same name.
 PARTS = {
@@ -54,6 +56,8 @@ PARTS = {
     "p2": lambda folder, device, args: p2.build(folder, args.unet, args.noise, args.gt, device, args.quick),
     "p3": lambda folder, device, args: p3.build(folder, args.chapters / "p3_dann/checkpoints", args.data_dir, device,
                                                 args.quick),
+    "p6": lambda folder, device, args: p6.build(folder, args.chapters / "p6_personalize/checkpoints", args.scenes,
+                                                device, args.quick),
 }
 
 
@@ -66,6 +70,7 @@ def parse_args():
                         help="where assignments/ and report/ are written; if not given, the repository, and with "
                              "--quick its report/build/quick")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
+    parser.add_argument("--scenes", type=nonempty_path, default=ROOT / "iclevr", help="the data of p6 and p7")
     parser.add_argument("--chapters", type=nonempty_path, default=ROOT,
                         help="the folder that holds p1_ddpm/checkpoints, p3_dann/checkpoints and so on")
     parser.add_argument("--unet", type=nonempty_path, help="problem 2's weights, if not those in --chapters")

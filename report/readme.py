@@ -4,7 +4,7 @@
     python3 report/readme.py --check     # writes nothing; exit status 2 when a number is stale
 
 A number stands between two comments, which Markdown does not show: <!-- p1.accuracy -->99.8<!-- -->. It comes from
-p1_ddpm/checkpoints/results.csv, p3_dann/checkpoints/results.csv or report/benchmark.csv.
+the results.csv in checkpoints/ of p1_ddpm, p3_dann and p6_personalize, or from report/benchmark.csv.
 """
 
 import re
@@ -64,6 +64,13 @@ def p3_numbers():
     return numbers
 
 
+def p6_numbers():
+    """2024's problem 3 in the tiny world: percentages by table and row, such as p6.concepts.new1.objects."""
+    rows = pd.read_csv(ROOT / "p6_personalize/checkpoints/results.csv")
+    return {f"p6.{row.table}.{re.sub(r'[^a-z0-9]+', '_', row.row).strip('_')}.{column}": f"{row[column]:.1f}"
+            for _, row in rows.iterrows() for column in ("objects", "all_objects", "look") if pd.notna(row[column])}
+
+
 def benchmark_numbers():
     """Seconds of each of the benchmark's commands on the CPU, and all of it as a table."""
     rows = pd.read_csv(ROOT / "report/benchmark.csv").query("device == 'cpu'").set_index("name")
@@ -94,7 +101,7 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only tell whether all numbers are those of the records")
     args = parser.parse_args()
-    numbers = p1_numbers() | p3_numbers() | benchmark_numbers()
+    numbers = p1_numbers() | p3_numbers() | p6_numbers() | benchmark_numbers()
     for path in [ROOT / "README.md", *sorted(ROOT.glob("assignments/*/README.md"))]:
         text = fill(path, numbers)
         if text != path.read_text(encoding="utf-8"):

@@ -3,6 +3,7 @@
 import errno
 import json
 import pickle
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -220,12 +221,17 @@ def test_the_loss_is_that_of_the_paper(kind):
 
 @pytest.mark.parametrize("token, word, message", [
     ("sphere", "cube", "sphere</w> is in the vocabulary already"),
-    ("<|endoftext|>", "cube", "in the vocabulary already"),
+    ("<|endoftext|>", "cube", "in the vocabulary already"), ("<New1>", "cube", "has capitals"),
     ("<new1>", "xylophone", "'xylophone' is 6 tokens"), ("new 1", "cube", "is not one word"),
     ("<new1>", "red cube", "'red cube' is 2 tokens")])
 def test_words_that_cannot_be_learnt_are_named(pipeline, token, word, message):
     with pytest.raises(UserError, match=message.replace("|", r"\|")):
         inversion.add_token(model.load_pipeline(pipeline), token, word)
+
+
+def test_more_vectors_than_a_text_holds_are_refused(pipeline):
+    with pytest.raises(UserError, match="60 vectors do not fit"):
+        inversion.add_token(model.load_pipeline(pipeline), "<new1>", "cube", 60)
 
 
 def test_a_random_square_covers_the_shorter_side():
@@ -317,8 +323,13 @@ def test_the_whole_path_to_the_scores(learnt, pipeline, clip, pictures, tmp_path
         call(evaluate, path, out, "--data_dir", pictures.parent, "--clip", clip)
     monkeypatch.setattr(files, "write_atomic", write)
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
-    (out / "0/0/.source0_prompt0_9.png.12345678").touch()  # of a run that was killed
+    killed = out / "0/0/.source0_prompt0_9.png.12345678"  # of a run that was killed
+    killed.touch()
+    (out / "0/1/.DS_Store").touch()  # of a file manager, which the scorer does not count
+    (out / "0/0/source0_prompt0_8.png").touch()  # of a power cut: empty
     call(inference, *words)
+    assert not killed.exists() and (out / "0/0/source0_prompt0_8.png").stat().st_size
+    (out / "0/1/.DS_Store").unlink()
     assert {file: file.stat().st_mtime_ns for file in before} == before
     for number in range(2):
         names = {file.name for file in (out / "0" / str(number)).iterdir()}
@@ -339,6 +350,37 @@ def test_the_whole_path_to_the_scores(learnt, pipeline, clip, pictures, tmp_path
         call(inference, *words)
 
 
+def test_images_are_of_these_weights_wherever_they_lie(learnt, pipeline, tmp_path):
+    from safetensors.torch import load_file, save_file
+    (tmp_path / "input.json").write_text(json.dumps({"0": dict(REQUEST, prompt=["a photo of a <new1>"],
+                                                               prompt_4_clip_eval=[], baseline=[])}))
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(pipeline, here)
+
+    def draw(checkpoint):
+        call(inference, tmp_path / "input.json", tmp_path / "out", checkpoint, "--embeds",
+             learnt / "learned_embeds.safetensors", "--steps", 1, "--amp", "off")
+        return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out/0/0").iterdir()}
+
+    first = draw(here)
+    here.rename(there)
+    assert draw(there) == first
+    weights = load_file(there / "unet/diffusion_pytorch_model.safetensors")
+    save_file({name: 1.1 * value for name, value in weights.items()},
+              there / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    assert all(time > first[name] for name, time in draw(there).items())
+
+
+def test_prompts_that_will_not_show_their_concept_are_said(learnt, pipeline, capsys):
+    pipe = model.load_pipeline(pipeline)
+    token = model.add_embeds(pipe, learnt / "learned_embeds.safetensors")
+    good, stranger, long = "a <new1>", "a <new1> in the style of <new2>", "very " * 60 + "large <new1>"
+    request = prompts.Request("0", token, [good, stranger, long], [], [])
+    inference.check_tokens([request], [token], pipe.tokenizer, "input.json")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "names <new2>, which" in said[0] and said[1].endswith("is too long and will be cut off")
+
+
 def test_an_image_depends_on_its_number_alone(pipeline):
     pipe = model.load_pipeline(pipeline)
     jobs = [(number, "a red cube") for number in range(3)]
@@ -352,12 +394,14 @@ def test_embeddings_that_do_not_fit_are_named(pipeline, learnt, tmp_path):
     from safetensors.torch import save_file
     one = torch.zeros(1, 8)
     for name, content in (("narrow", {"<new1>": torch.zeros(1, 4)}), ("two", {"<a>": one, "<b>": one.clone()}),
-                          ("known", {"<|endoftext|>": one})):
+                          ("known", {"<|endoftext|>": one}), ("word", {"sphere": one}),
+                          ("empty", {"<new1>": torch.zeros(0, 8)})):
         save_file(content, tmp_path / f"{name}.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"1")
     pipe = model.load_pipeline(pipeline)
     for name, message in (("narrow", "is 4 wide and the checkpoint's texts are 8"),
                           ("two", "no embeddings of one token"), ("known", "in the vocabulary already"),
+                          ("word", "sphere</w> of .* in the vocabulary"), ("empty", "no embeddings of one token"),
                           ("broken", "no whole safetensors file"), ("none", "there are no learnt embeddings")):
         with pytest.raises(UserError, match=message):
             model.add_embeds(pipe, tmp_path / f"{name}.safetensors")
@@ -367,7 +411,7 @@ def test_embeddings_that_do_not_fit_are_named(pipeline, learnt, tmp_path):
     assert inversion.token_ids(pipe, ["<new1> in the style of <new2>"])[0, 1:9].max() >= 722
     requests = [prompts.Request("0", "<new3>", ["a <new3>"], [], [])]
     with pytest.raises(UserError, match="asks for <new3>, and --embeds brings <new1>, <new2>"):
-        inference.check_tokens(requests, ["<new1>", "<new2>"], "input.json")
+        inference.check_tokens(requests, ["<new1>", "<new2>"], pipe.tokenizer, "input.json")
 
 
 def test_the_score_is_the_courses():
@@ -459,6 +503,32 @@ def single_file(tmp_path_factory):
     return folder / "sd.ckpt", folder / "config", pipe
 
 
+def test_folders_that_lack_weights_are_named(pipeline, clip, tmp_path):
+    """The libraries would fill them with random numbers."""
+    from safetensors.torch import load_file, save_file
+    for source, name, part, load in ((pipeline, "to_k.weight", "unet/diffusion_pytorch_model", model.load_pipeline),
+                                     (pipeline, "fc1.weight", "text_encoder/model", model.load_pipeline),
+                                     (clip, "visual_projection", "model", model.Clip)):
+        folder = tmp_path / part.replace("/", " ")
+        shutil.copytree(source, folder)
+        load(folder)
+        weights = load_file(folder / f"{part}.safetensors")
+        save_file({key: value for key, value in weights.items() if name not in key}, folder / f"{part}.safetensors",
+                  metadata={"format": "pt"})
+        with pytest.raises(UserError, match="does not hold all weights"):
+            load(folder)
+        save_file({key: value * float("nan") for key, value in weights.items()}, folder / f"{part}.safetensors",
+                  metadata={"format": "pt"})
+        with pytest.raises(UserError, match="is missing or broken"):
+            load(folder)
+    words = tmp_path / "no words"
+    shutil.copytree(clip, words)
+    for name in "vocab.json", "merges.txt", "tokenizer.json":
+        (words / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="no vocabulary|cannot be loaded as CLIP's tokenizer"):
+        model.Clip(words)
+
+
 def test_the_original_single_file_is_read(single_file):
     path, config, pipe = single_file
     loaded = model.load_pipeline(path, config=config)
@@ -530,6 +600,13 @@ def test_zero_shot_is_transformers_own_answer(clip, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"top 1 {100 * right:.2f} %, top 5 100.00 %" in said and "taken for" in said
     assert Image.open(tmp_path / "cases.png").size[0] > 500
+    ensemble = zero_shot.class_vectors(ours, list(names.values()), prompts.ENSEMBLE)
+    call(zero_shot, folder, "--id2label", tmp_path / "id2label.json", "--clip", clip, "--ensemble", "--output",
+         tmp_path / "out.csv")
+    answers = (ours.images([read_rgb(folder / row[0]) for row in rows[1:]]) @ ensemble.T).argmax(1).tolist()
+    assert pd.read_csv(tmp_path / "out.csv").predicted.tolist() == [list(names.values())[i] for i in answers]
+    with pytest.raises(UserError, match="has no {}"):
+        call(zero_shot, folder, "--id2label", tmp_path / "id2label.json", "--clip", clip, "--prompt", "a photo")
     (folder / "3_1.png").write_bytes(b"")
     with pytest.raises(UserError, match="holds 3_1.png, which is not named"):
         call(zero_shot, folder, "--id2label", tmp_path / "id2label.json", "--clip", clip)
@@ -603,10 +680,10 @@ def test_the_tiny_world_trains_and_its_folders_load(world, tmp_path, monkeypatch
         inversion.save_embeds(tmp_path / f"{token}.safetensors", token, torch.rand(1, 8))
     evaluated = ["--data_dir", world, "--clip", tmp_path / "clip/model", "--checkpoint", tmp_path / "pipeline/model",
                  "--embeds", tmp_path / "<new1>.safetensors", tmp_path / "<new2>.safetensors", "--count", 2,
-                 "--steps", 1, "--evaluator", tmp_path / "none", "--output", tmp_path / "results.csv"]
+                 "--steps", 1, "--clip_judges", "--output", tmp_path / "results.csv"]
     call(tiny_evaluate, *evaluated, "--tables", "zero_shot", "judge", "prompts", "concepts")
     table = pd.read_csv(tmp_path / "results.csv")
-    assert table.groupby("table").size().to_dict() == dict(zero_shot=4, judge=2, prompts=2 + 5, concepts=7)
+    assert table.groupby("table").size().to_dict() == dict(zero_shot=6, judge=2, prompts=2 + 5, concepts=7)
     assert table.objects.between(0, 100).all() and (table.pictures >= 1).all()
     assert table[table.row.str.contains("look")].look.notna().sum() == 5 + 3
     with pytest.raises(UserError, match="no picture of a purple sphere and a red cube"):

@@ -19,7 +19,8 @@ from utils import UserError, argument_parser, nonempty_path, run
 from files import make_output_dir, save_png, write_atomic
 from p6_personalize.tiny.scenes import UNSEEN_LOOK, UNSEEN_OBJECT, apply, read_world
 
-# The scorer's baselines are nine tenths of what real pictures reach by the tiny CLIP: evaluate.py --tables baselines.
+# The scorer's baselines are nine tenths of what real pictures reach by the tiny CLIP, rounded down: evaluate.py
+# --tables baselines.
 REQUESTS = {
     "0": dict(src_image=UNSEEN_OBJECT, token_name="<new1>",
               prompt=["a photo of a <new1>", "a photo of a <new1> and a red cube"],

@@ -3,10 +3,10 @@
     python3 p6_personalize/tiny/evaluate.py --data_dir DIR --output p6_personalize/checkpoints/results.csv
     python3 p6_personalize/tiny/evaluate.py --data_dir DIR --count 20 --tables zero_shot prompts
 
-Pictures are judged by the evaluator of p7_clevr, which no part of the tiny world has seen, or by the tiny CLIP where
---evaluator is missing. For pictures in a look the look is undone first. Prints a line for each row, percentages:
-    zero_shot   top-1 accuracy of the tiny CLIP among the 24 objects, on real pictures of one
-    baselines   what real pictures of input.json's prompts score; its baselines are nine tenths of that
+Pictures are judged by the evaluator of p7_clevr, which no part of the tiny world has seen; for pictures in a look the
+look is undone first. Prints a line for each row, percentages:
+    zero_shot   top-1 accuracy of the tiny CLIP on real pictures of one object, among 24, and of two, among 276 pairs
+    baselines   what real pictures of input.json's prompts score; its baselines are nine tenths of that, rounded down
     judge       what the judge finds in real pictures
     prompts     named objects that generated pictures show, pictures that show all of theirs, pictures in the look
     concepts    the same of the held-out object and look, before and after textual inversion
@@ -19,8 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, amp_dtype, argument_parser, as_input, float_between, int_at_least, nonempty_path,
-                   pick_device, run)
+from utils import UserError, amp_dtype, argument_parser, float_between, int_at_least, nonempty_path, pick_device, run
 
 import pandas as pd
 import torch
@@ -38,6 +37,7 @@ from p6_personalize.tiny.scenes import (SEEN, SEEN_LOOKS, UNSEEN_LOOK, UNSEEN_OB
 from p6_personalize.zero_shot import class_vectors
 from p7_clevr.evaluator import CHECKPOINTS, Evaluator
 from p7_clevr.scenes import NUMBERS, OBJECTS
+from transforms import as_input
 
 TABLES = ["zero_shot", "baselines", "judge", "prompts", "concepts"]
 
@@ -68,12 +68,15 @@ class EvaluatorJudge:
 
 
 def percent(values):
+    """The share of true ones among booleans in %, to one decimal."""
     return round(100 * torch.as_tensor(values).float().mean().item(), 1)
 
 
 def zero_shot(clip, images, sets):
-    """Yields (row, numbers) of the top-1 accuracy among the 24 objects on pictures of one, by one prompt and by the
-    ensemble."""
+    """Yields (row, numbers) of the top-1 accuracy: among the 24 objects on pictures of one, by one prompt and by the
+    ensemble; among all 276 pairs on pictures of two."""
+    pairs, pair_names = with_count(2, images, sets)
+    images, sets = with_count(1, images, sets)
     vectors = clip.images([to_pil_image(image) for image in images])
     labels = torch.tensor([NUMBERS[names[0]] for names in sets])
     unseen = labels == NUMBERS[UNSEEN_OBJECT]
@@ -81,6 +84,10 @@ def zero_shot(clip, images, sets):
         right = (vectors @ class_vectors(clip, OBJECTS, prompts).T).argmax(1) == labels
         for objects, chosen in (f"{len(SEEN)} seen objects", ~unseen), ("the unseen one", unseen):
             yield f"{prompts_name}, {objects}", dict(objects=percent(right[chosen]), pictures=int(chosen.sum()))
+    right = [[set(names) == found for names, found in zip(pair_names, ClipJudge(clip)(pairs, 2))
+              if (UNSEEN_OBJECT in names) == unseen] for unseen in (False, True)]
+    for objects, of_these in zip(("seen objects", "one of them the unseen one"), right):
+        yield f"pairs, {objects}", dict(objects=percent(of_these), pictures=len(of_these))
 
 
 def with_count(count, images, sets):
@@ -162,10 +169,10 @@ def parse_args():
     parser.add_argument("--embeds", type=nonempty_path, nargs=2, default=EMBEDS, help="of the object and of the look")
     parser.add_argument("--evaluator", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
                         help="what judges, such as the course's checkpoint.pth")
+    parser.add_argument("--clip_judges", action="store_true", help="the tiny CLIP judges instead")
     parser.add_argument("--count", type=int_at_least(1), default=100, help="generated pictures in a row")
     parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
-    parser.add_argument("--guidance", type=float_between(1), default=7.5,
-                        help="classifier-free guidance; 1 is none")
+    parser.add_argument("--guidance", type=float_between(1), default=7.5, help="classifier-free guidance; 1 is none")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file that gets all rows")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser.parse_args()
@@ -183,11 +190,10 @@ def main():
     stream = random.Random(0)
     ones, pairs = ([stream.sample(SEEN, count) for _ in range(args.count)] for count in (1, 2))
 
-    tables = {"zero_shot": lambda: zero_shot(clip, *with_count(1, images, sets)),
+    tables = {"zero_shot": lambda: zero_shot(clip, images, sets),
               "baselines": lambda: baselines(clip, images, sets)}
     if {"judge", "prompts", "concepts"} & {*args.tables}:
-        judge = EvaluatorJudge(args.evaluator, device) if args.evaluator.exists() else ClipJudge(clip)
-        print(f"judged by {args.evaluator if args.evaluator.exists() else 'the tiny CLIP'}")
+        judge = ClipJudge(clip) if args.clip_judges else EvaluatorJudge(args.evaluator, device)
         studio = Studio(load_pipeline(args.checkpoint, device, amp_dtype("auto", device)), judge, real, args.steps,
                         args.guidance)
         tables.update(judge=lambda: judged(judge, real, real_sets), prompts=lambda: studio.prompts(ones, pairs),

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, as_input, autocast, nonempty_path, run
+from utils import UserError, argument_parser, autocast, nonempty_path, run
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ import training
 from p6_personalize.inversion import diffusion_loss
 from p6_personalize.model import require_libraries
 from p6_personalize.tiny.scenes import caption, read_world, with_looks
-from transforms import random_affine
+from transforms import as_input, random_affine
 
 TOKENIZER = Path(__file__).resolve().parent / "tokenizer"
 

@@ -1,0 +1,92 @@
+"""2024's problem 3 in the report: CLIP's right and wrong answers, the two concepts and the pictures of them."""
+
+import json
+
+from dataset import list_images, read_rgb
+from plots import BLUE, VERMILION, TEXT_WIDTH, image_grid, plt, save
+from utils import amp_dtype
+
+import pandas as pd
+import torch
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from p6_personalize.evaluate import CONCEPTS, best_five, scores
+from p6_personalize.inference import noise_number
+from p6_personalize.model import Clip, add_embeds, generate, load_pipeline
+from p6_personalize.prompts import IMAGES, read_requests
+from p6_personalize.tiny.evaluate import ClipJudge, with_count
+from p6_personalize.tiny.scenes import UNSEEN_LOOK, UNSEEN_OBJECT, caption, read_world
+from p6_personalize.zero_shot import draw_cases
+
+
+def cases(clip, images, sets):
+    """(five right answers on pictures of one object, five wrong ones on pictures of two): lists of (picture, predicted,
+    label), right ones each of another object."""
+    judge, found = ClipJudge(clip), ({}, {})
+    for count in 1, 2:
+        some, named = with_count(count, images, sets)
+        for image, names, answer in zip(some, named, judge(some, count)):
+            label, predicted = (",\n".join(sorted(objects)) for objects in (names, answer))
+            found[predicted != label].setdefault(label, (to_pil_image(image), predicted, label))
+    return [list(chosen.values())[:5] for chosen in found]
+
+
+def curve_figure(path, records):
+    """Image and text score of the eight validation images at each saved step, a panel for each concept's metrics."""
+    figure, panels = plt.subplots(1, len(records), figsize=(TEXT_WIDTH, 1.7), squeeze=False)
+    for axes, (token, metrics) in zip(panels[0], records.items()):
+        for name, colour in ("image", BLUE), ("text", VERMILION):
+            axes.plot([line["step"] for line in metrics], [line[f"{name}_score"] for line in metrics], color=colour,
+                      label=f"{name} score")
+        axes.set(title=token, xlabel="steps")
+    panels[0][0].set_ylabel("100 cosine")
+    panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    save(path, figure)
+
+
+def build(folder, checkpoints, scenes_dir, device, quick):
+    """Draws the figures into `folder` and returns the numbers that p6.typ shows.
+
+    checkpoints: the folder with the tiny CLIP and pipeline, embeddings and records. scenes_dir: p7_clevr's data. quick:
+    few steps.
+    """
+    clip = Clip(checkpoints / "clip", device)
+    pipe = load_pipeline(checkpoints / "pipeline", device, amp_dtype("auto", device))
+    draw_cases(folder / "p6_cases.svg", *cases(clip, *read_world(scenes_dir, "held_out")))
+
+    def draw(jobs):
+        """uint8 (jobs, 3, H, W): the pictures of a list of (number, prompt)."""
+        return torch.cat([batch for _, batch in generate(pipe, jobs, 0, 2 if quick else 25, 7.5)])
+
+    requests, shown = read_requests(CONCEPTS / "input.json"), 8
+    references = {request.key: [read_rgb(CONCEPTS / request.key / name) for name in list_images(CONCEPTS / request.key)]
+                  for request in requests}
+    image_grid(folder / "p6_concepts.svg", torch.stack([pil_to_tensor(x) for row in references.values() for x in row]),
+               5, row_names=[request.token for request in requests], width=2.6)
+    before = {"a sphere": "a photo of a sphere", f"a {UNSEEN_OBJECT}": caption([UNSEEN_OBJECT]),
+              f"a blue cube,\nlook {UNSEEN_LOOK}": caption(["blue cube"], UNSEEN_LOOK)}
+    image_grid(folder / "p6_before.svg", draw([(n, prompt) for prompt in before.values() for n in range(shown)]), shown,
+               row_names=list(before), width=5)
+    for name in "new1", "new2":
+        add_embeds(pipe, checkpoints / f"{name}.safetensors")
+    results, grid = [], []
+    for place, request in enumerate(requests):
+        for number, prompt in enumerate(request.prompts):
+            pictures = draw([(noise_number(place, number, n), prompt) for n in range(shown if quick else IMAGES)])
+            image, text = best_five(*scores(clip, [to_pil_image(x) for x in pictures], references[request.key],
+                                            request.clip_prompts[number]))
+            results.append(dict(prompt=prompt, image=image, text=text, baseline=request.baselines[number]))
+            grid.append(pictures[:shown])
+    image_grid(folder / "p6_images.svg", torch.cat(grid), shown, width=5,
+               row_names=[row["prompt"].removeprefix("a photo of ").replace(" in the", ",\nin the").replace(
+                   " and", "\nand") for row in results])
+    records = {token: [json.loads(line) for line in (checkpoints / f"{name}.jsonl").read_text().splitlines()]
+               for token, name in (("<new1>", "new1"), ("<new2>", "new2"))}
+    curve_figure(folder / "p6_curve.svg", records)
+    table = pd.read_csv(checkpoints / "results.csv")
+    count = {name: sum(weight.numel() for weight in part.parameters()) for name, part in
+             dict(unet=pipe.unet, vae=pipe.vae, text=pipe.text_encoder, clip=clip.model).items()}
+    return dict(scores=results, parameters=count,
+                results={f"{row.table}: {row.row}": json.loads(row.dropna().to_json()) for _, row in table.iterrows()},
+                minutes={token: sum(line["seconds"] for line in metrics) / 60 for token, metrics in records.items()},
+                steps={token: metrics[-1]["step"] for token, metrics in records.items()})
