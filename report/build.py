@@ -33,7 +33,7 @@ from PIL import Image
 
 from files import make_output_dir, write_atomic
 from plots import FONT, FONT_DIR
-from report import p1, p2, p3, p6
+from report import p1, p2, p3, p3_pairs, p6
 
 
 class Assignment(NamedTuple):
@@ -46,6 +46,8 @@ class Assignment(NamedTuple):
 ASSIGNMENTS = {
     "dlcv2023_hw2": Assignment("Conditional diffusion, DDIM and domain-adversarial training",
                                "Deep Learning for Computer Vision, NTU, Fall 2023, homework 2", ("p1", "p2", "p3")),
+    "dlcv2020_hw3": Assignment("Adaptation between digits", "Deep Learning for Computer Vision, NTU, Fall 2020, homework 3",
+                               ("p3_pairs",)),
     "dlcv2024_hw2": Assignment("DDIM and personalization",
                                "Deep Learning for Computer Vision, NTU, Fall 2024, homework 2", ("p2", "p6")),
 }
@@ -56,6 +58,8 @@ PARTS = {
     "p2": lambda folder, device, args: p2.build(folder, args.unet, args.noise, args.gt, device, args.quick),
     "p3": lambda folder, device, args: p3.build(folder, args.chapters / "p3_dann/checkpoints", args.data_dir, device,
                                                 args.quick),
+    "p3_pairs": lambda folder, device, args: p3_pairs.build(folder, args.chapters / "p3_dann/checkpoints", args.data_dir,
+                                                            device, args.quick),
     "p6": lambda folder, device, args: p6.build(folder, args.chapters / "p6_personalize/checkpoints", args.scenes,
                                                 device, args.quick),
 }

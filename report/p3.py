@@ -24,18 +24,17 @@ def scenario(pair):
 
 # --- The features -------------------------------------------------------------------------------
 
-def latent_space(models, adapted, data_dir, count):
+def latent_space(models, adapted, data_dir, count, own_statistics=True):
     """t-SNE embeddings of `count` validation images of each domain of every pair, and what distances they have.
 
     models, adapted: {pair: network before, after adaptation}. Returns {pair: dict(before, after)}, each of which is
     (points, digits, is_target), and {pair: dict(before, statistics, after)} of proxy A-distances: `statistics` is
-    before adaptation, each domain normalised by its own statistics as it is after.
+    before adaptation, each domain normalised by its own statistics, as it is after when `own_statistics`.
     """
     embeddings, distances = {}, {}
     for pair in models:
-        samples = {name: sample_features(model[pair], data_dir, pair, own_statistics, count) for
-                   name, model, own_statistics in (("before", models, False), ("statistics", models, True),
-                                                   ("after", adapted, True))}
+        samples = {name: sample_features(model[pair], data_dir, pair, own, count) for name, model, own in (
+            ("before", models, False), ("statistics", models, True), ("after", adapted, own_statistics))}
         distances[pair] = {name: proxy_a_distance(*features) for name, (features, _) in samples.items()}
         is_target = np.repeat([False, True], [len(digits) for digits in samples["before"][1]])
         embeddings[pair] = {name: (embed(*samples[name][0]), np.concatenate(samples[name][1]), is_target)
