@@ -139,25 +139,32 @@ def results(output_dir, data_dir):
     answers for each target, and twice: as trained, and with the normalisation statistics of the unlabelled target
     (statistics = target), as dann's networks have them. The rest: see choice.label_free_scores.
     """
-    rows = []
-    for folder in sorted(path.parent for path in output_dir.glob("*/model.pt")):
-        model, recipe = load_model(folder / "model.pt")
-        seconds = sum(json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines())
-        method, cases = METHODS[recipe["method"]], [("target", recipe["target"])]
-        adapt = "target" not in method.domains
-        if adapt:
-            targets = [target for source, target in ALL_PAIRS if source == recipe["source"]]
-            cases = list(itertools.product(("source", "target"), targets))
-        for statistics, target in cases:
-            if adapt and statistics == "target":
-                adapt_statistics(model, load_split(data_dir, target, "train", labelled=False)[0])
-            images, labels, _ = load_split(data_dir, target, "val")
-            rows.append(dict(run=folder.name, method=recipe["method"], source=recipe["source"], target=target,
-                             statistics=statistics, seed=recipe["seed"],
-                             accuracy=round(accuracy(model, images, labels), 2),
-                             one_view=round(accuracy(model, images, labels, average=False), 2),
-                             minutes=round(seconds / 60, 1),
-                             **choice.label_free_scores(model, recipe, target, data_dir)))
+    return pd.concat([measured(path.parent, data_dir) for path in sorted(output_dir.glob("*/model.pt"))])
+
+
+def measured(folder, data_dir):
+    """The rows of one training, which are kept in its folder as results.csv."""
+    kept = folder / "results.csv"
+    if kept.exists() and kept.stat().st_mtime >= (folder / "model.pt").stat().st_mtime:
+        return pd.read_csv(kept)
+    model, recipe = load_model(folder / "model.pt")
+    seconds = sum(json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+    method, cases, rows = METHODS[recipe["method"]], [("target", recipe["target"])], []
+    adapt = "target" not in method.domains
+    if adapt:
+        targets = [target for source, target in ALL_PAIRS if source == recipe["source"]]
+        cases = list(itertools.product(("source", "target"), targets))
+    for statistics, target in cases:
+        if adapt and statistics == "target":
+            adapt_statistics(model, load_split(data_dir, target, "train", labelled=False)[0])
+        images, labels, _ = load_split(data_dir, target, "val")
+        rows.append(dict(run=folder.name, method=recipe["method"], source=recipe["source"], target=target,
+                         statistics=statistics, seed=recipe["seed"],
+                         accuracy=round(accuracy(model, images, labels), 2),
+                         one_view=round(accuracy(model, images, labels, average=False), 2),
+                         minutes=round(seconds / 60, 1),
+                         **choice.label_free_scores(model, recipe, target, data_dir)))
+    write_atomic(kept, pd.DataFrame(rows).to_csv(index=False).encode())
     return pd.DataFrame(rows)
 
 
