@@ -36,19 +36,19 @@ def each(sets, seeds, *changes):
     return [dict(sets=sets, seed=seed, **change) for change in changes for seed in seeds]
 
 
-CHOICE = "choice", (11, 12, 13)
 # Each table varies some flags of inference.py and leaves the others at what the command line says.
 TABLES = {
-    "guidance": each(*CHOICE, *[dict(guidance=g) for g in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)]),
-    "interval": each(*CHOICE, *[dict(interval=i) for i in ((0, 1000), (200, 1000), (0, 800), (200, 800))]),
-    "steps": each(*CHOICE, *[dict(sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (10, 20, 40)]),
-    "spacing": each(*CHOICE, *[dict(spacing=s, steps=n) for s in ("log_snr", "uniform") for n in (10, 20)]),
-    "classifier": each(*CHOICE, *[dict(sampler=s) for s in ("ddim", "ddpm")],
-                       *[dict(sampler=s, guide=guide, scale=scale) for s in ("ddim", "ddpm")
-                         for guide in ("evaluator", "noisy") for scale in (0.02, 0.1, 0.5)]),
-    "conditioning": each(*CHOICE, *[dict(guidance=g) for g in (0.0, 2.0)]) + each("held_out", (11,), {}),
-    "seeds": [row for sets in ("test", "new_test", "held_out", "four", "five") for row in each(sets, range(5), {})],
-    "judged": [row for sets in ("test", "new_test") for row in each(sets, range(5), dict(scale=0.1))],
+    "guidance": each("choice", (11,), *[dict(guidance=g) for g in (2.0, 4.0, 0.0, 1.0, 3.0)]),
+    "interval": each("choice", (11,), *[dict(interval=i) for i in ((0, 1000), (200, 1000), (0, 800))]),
+    "steps": each("choice", (11,), *[dict(sampler=s, steps=n) for s, n in (
+        ("ddim", 10), ("ddim", 20), ("ddim", 40), ("dpmpp", 20), ("ddpm", 20), ("ddpm", 40))]),
+    "spacing": each("choice", (11,), *[dict(spacing=s) for s in ("log_snr", "uniform")]),
+    "classifier": each("choice", (11,), {}, *[dict(guide=guide, scale=scale) for guide, scale in (
+        ("evaluator", 0.1), ("evaluator", 0.5), ("noisy", 0.5), ("noisy", 2.0))]),
+    "conditioning": each("choice", (11, 12), *[dict(guidance=g) for g in (0.0, 2.0)]),
+    "seeds": [row for sets in ("test", "new_test") for row in each(sets, range(5), {})]
+             + each("held_out", range(2), {}) + each("four", (0,), {}) + each("five", (0,), {}),
+    "judged": [row for sets in ("test", "new_test") for row in each(sets, range(3), dict(scale=0.1))],
     "fidelity": each("real", (0,), {}),
 }
 DEFAULTS = dict(Sampling()._asdict(), scale=0.0, guide="evaluator", sets="test", seed=0, weights="ema")
@@ -57,13 +57,13 @@ MEASURES = {"accuracy": 4, "judge": 4, "too_many": 3, "frechet": 3, "frechet_rat
             "seconds": 1}  # decimals
 
 
-def sets_of(kind, judge):
-    """The lists of objects that a table's `sets` stands for; "real" are those of 300 real pictures."""
+def sets_of(kind, judge=None):
+    """The lists of objects that a table's `sets` stands for; "real" are those of 300 real pictures of the `judge`."""
     official = official_sets()
     known = [*itertools.chain(*official.values()), *held_out_sets()]
     kinds = {**official, "choice": random_sets(64, [2, 3], seed=1, without=known), "held_out": held_out_sets(),
-             "four": random_sets(50, [4], seed=2), "five": random_sets(50, [5], seed=3), "real": judge.sets[:300]}
-    return kinds[kind]
+             "four": random_sets(50, [4], seed=2), "five": random_sets(50, [5], seed=3)}
+    return judge.sets[:300] if kind == "real" else kinds[kind]
 
 
 def parse_args():
