@@ -33,7 +33,7 @@ from PIL import Image
 
 from files import make_output_dir, write_atomic
 from plots import FONT, FONT_DIR
-from report import p1, p2, p3, p6
+from report import p1, p2, p3, p6, p7
 
 
 class Assignment(NamedTuple):
@@ -48,6 +48,8 @@ ASSIGNMENTS = {
                                "Deep Learning for Computer Vision, NTU, Fall 2023, homework 2", ("p1", "p2", "p3")),
     "dlcv2024_hw2": Assignment("DDIM and personalization",
                                "Deep Learning for Computer Vision, NTU, Fall 2024, homework 2", ("p2", "p6")),
+    "nycu2024_lab6": Assignment("Scenes of several objects by conditional diffusion",
+                                "Deep Learning, NYCU, Spring 2024, lab 6", ("p7",)),
 }
 # Each draws its figures into a folder and returns its numbers; the text is in the .typ file of the same name.
 PARTS = {
@@ -58,6 +60,7 @@ PARTS = {
                                                 args.quick),
     "p6": lambda folder, device, args: p6.build(folder, args.chapters / "p6_personalize/checkpoints", args.scenes,
                                                 device, args.quick),
+    "p7": lambda folder, device, args: p7.build(folder, args.chapters / "p7_clevr/checkpoints", device, args.quick),
 }
 
 
@@ -70,7 +73,7 @@ def parse_args():
                         help="where assignments/ and report/ are written; if not given, the repository, and with "
                              "--quick its report/build/quick")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
-    parser.add_argument("--scenes", type=nonempty_path, default=ROOT / "iclevr", help="the data of p6 and p7")
+    parser.add_argument("--scenes", type=nonempty_path, default=ROOT / "iclevr", help="i-CLEVR, for p6")
     parser.add_argument("--chapters", type=nonempty_path, default=ROOT,
                         help="the folder that holds p1_ddpm/checkpoints, p3_dann/checkpoints and so on")
     parser.add_argument("--unet", type=nonempty_path, help="problem 2's weights, if not those in --chapters")
@@ -82,6 +85,10 @@ def parse_args():
     args = parser.parse_args()
     if bool(args.unet) != bool(args.noise) or args.gt and not args.unet:
         parser.error("--unet and --noise belong together, and --gt to both")
+    asked, args.assignment = args.assignment, [name for name in args.assignment
+                                               if args.only in (None, *ASSIGNMENTS[name].parts)]
+    if not args.assignment:
+        parser.error(f"--only {args.only} is in no report of {' '.join(asked)}")
     if args.student_id and not args.student_id.isalnum():
         parser.error(f"--student_id {args.student_id} must consist of letters and digits, it names the PDF")
     args.unet = args.unet or args.chapters / "p2_ddim/checkpoints/face64.pt"

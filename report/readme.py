@@ -4,9 +4,10 @@
     python3 report/readme.py --check     # writes nothing; exit status 2 when a number is stale
 
 A number stands between two comments, which Markdown does not show: <!-- p1.accuracy -->99.8<!-- -->. It comes from
-the results.csv in checkpoints/ of p1_ddpm, p3_dann and p6_personalize, or from report/benchmark.csv.
+the results.csv in checkpoints/ of p1_ddpm, p3_dann, p6_personalize and p7_clevr, or from report/benchmark.csv.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ import pandas as pd
 from files import write_atomic
 from p1_ddpm.inference import CHECKPOINT
 from p1_ddpm.studies import DEFAULTS, MEASURES, as_text, digest_of
+from p7_clevr import studies as scenes
 from report.benchmark import commands
 
 FIELD = re.compile(r"<!-- ([\w.]+) -->((?:(?!<!--).)*)<!-- -->", re.DOTALL)
@@ -71,6 +73,27 @@ def p6_numbers():
             for _, row in rows.iterrows() for column in ("objects", "all_objects", "look") if pd.notna(row[column])}
 
 
+def p7_numbers():
+    """NYCU's lab 6: per cents and Frechet ratios over the seeds by table and sets, such as p7.seeds.test.accuracy; what
+    the graders find in held-out pictures, such as p7.judge; and minutes of the trainings."""
+    checkpoints = ROOT / "p7_clevr/checkpoints"
+    rows = pd.read_csv(checkpoints / "results.csv", dtype={"checkpoint": str})
+    rows = rows[rows.checkpoint == digest_of(checkpoints / "scenes.pt")]
+    numbers = {}
+    for (table, sets), group in rows[rows.table.isin(["seeds", "judged", "fidelity"])].groupby(["table", "sets"]):
+        for name, decimals in scenes.MEASURES.items():
+            percent = name in ("accuracy", "judge", "too_many")
+            values, decimals = (100 * group[name], 1) if percent else (group[name], decimals)
+            numbers[f"p7.{table}.{sets}.{name}"] = (mean_and_std(values, decimals) if len(group) > 1 else
+                                                    f"{values.iloc[0]:.{decimals}f}")
+            numbers[f"p7.{table}.{sets}.count"] = str(len(group))
+    for name in "scenes", "evaluator", "judge", "noisy":
+        lines = [json.loads(line) for line in (checkpoints / f"{name}.jsonl").read_text().splitlines()]
+        numbers[f"p7.{name}.minutes"] = f"{sum(line['seconds'] for line in lines) / 60:.1f}"
+        numbers[f"p7.{name}"] = f"{100 * lines[-1]['accuracy']:.2f}" if name != "scenes" else f"{lines[-1]['loss']:.4f}"
+    return numbers
+
+
 def benchmark_numbers():
     """Seconds of each of the benchmark's commands on the CPU, and all of it as a table."""
     rows = pd.read_csv(ROOT / "report/benchmark.csv").query("device == 'cpu'").set_index("name")
@@ -101,7 +124,7 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only tell whether all numbers are those of the records")
     args = parser.parse_args()
-    numbers = p1_numbers() | p3_numbers() | p6_numbers() | benchmark_numbers()
+    numbers = p1_numbers() | p3_numbers() | p6_numbers() | p7_numbers() | benchmark_numbers()
     for path in [ROOT / "README.md", *sorted(ROOT.glob("assignments/*/README.md"))]:
         text = fill(path, numbers)
         if text != path.read_text(encoding="utf-8"):
