@@ -745,6 +745,16 @@ def test_the_shipped_networks_have_the_settings_of_the_printed_commands(monkeypa
         assert " ".join(arguments) in script.__doc__
 
 
+def test_the_shipped_setting_is_the_one_that_the_rule_picks():
+    """The rule that the report's appendix tells."""
+    folder = ROOT / "p7_clevr/checkpoints"
+    rows = p7.read_results(folder / "results.csv", folder / "scenes.pt").query("table in ['guidance', 'steps']")
+    best = rows[rows.accuracy == rows.accuracy.max()]
+    best = best[best.steps.astype(int) == best.steps.astype(int).min()].drop_duplicates(studies.FLAGS)
+    assert best[list(Sampling._fields)].to_dict("records") == [
+        studies.as_text(inference.SHIPPED._asdict(), Sampling._fields)]
+
+
 @pytest.fixture
 def chapter(tmp_path, graders, evaluator_file):
     """The folder of p7_clevr/checkpoints with a tiny network, made-up records and the graders of the tests."""
