@@ -57,14 +57,6 @@ def add_scene_arguments(parser):
                         help="what measures accuracy, such as the course's checkpoint.pth")
 
 
-def load_scenes_model(args, device):
-    """(network, alphas_cumprod) for the flags `args`, see load_model."""
-    if args.checkpoint == CHECKPOINT and not CHECKPOINT.exists():
-        raise UserError(f"there is no {CHECKPOINT}, for its training is not done: run 'python3 p7_clevr/train.py "
-                        "--data_dir DIR' and name the model.pt that it writes with --checkpoint")
-    return load_model(args.checkpoint, device, args.weights)
-
-
 def load_guide(path, scale, alphas_cumprod, device):
     """The Guide that the file `path` holds; none is read for scale 0."""
     if not scale:
@@ -158,7 +150,7 @@ def main():
     else:
         lists = {name: read_conditions(args.data_dir / f"{name}.json") for name in ("test", "new_test")}
     device, sampling = pick_device(args.device), sampling_of(args)
-    model, alphas_cumprod = load_scenes_model(args, device)
+    model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     evaluator = Evaluator(args.evaluator, device)
     guide = load_guide(args.guide, args.scale, alphas_cumprod, device)
     keep = strip_timesteps(visited_timesteps(sampling, alphas_cumprod))

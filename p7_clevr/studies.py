@@ -27,7 +27,8 @@ from p1_ddpm.inference import Sampling, sampling_of
 from p1_ddpm.studies import as_text, digest_of, markdown
 from p7_clevr.evaluate import Judge
 from p7_clevr.evaluator import CHECKPOINTS
-from p7_clevr.inference import add_scene_arguments, generate, load_guide, load_scenes_model
+from p7_clevr.inference import add_scene_arguments, generate, load_guide
+from p7_clevr.model import load_model
 from p7_clevr.scenes import held_out_sets, official_sets, random_sets
 
 
@@ -91,7 +92,7 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     check_output_file(args.output)
-    model, alphas_cumprod = load_scenes_model(args, device)
+    model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     checkpoint = load_checkpoint(args.checkpoint, "p7_clevr", ["metrics", "config"])
     about = dict(checkpoint=digest_of(args.checkpoint),
                  condition=checkpoint["config"]["network"]["condition"],

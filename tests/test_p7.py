@@ -633,13 +633,6 @@ def test_the_wrapper_refuses_bad_input_from_any_folder_in_one_sentence(tmp_path,
                            'objects; the nearest is "red cube"\n')
 
 
-def test_without_the_checkpoint_one_sentence_says_how_to_train_it(tmp_path, evaluator_file, monkeypatch):
-    monkeypatch.setattr(inference, "CHECKPOINT", tmp_path / "scenes.pt")
-    with pytest.raises(UserError, match="run 'python3 p7_clevr/train.py --data_dir DIR'"):
-        call(inference, tmp_path / "out", "--evaluator", evaluator_file)
-    assert not (tmp_path / "out").exists()
-
-
 # --- Evaluation and studies ---------------------------------------------------------------------
 
 def test_things_are_counted_before_the_background():
