@@ -47,7 +47,7 @@ TABLES = {
     "conditioning": each("choice", (11,), *[dict(guidance=g) for g in (0.0, 2.0)]),
     "seeds": [row for sets in ("test", "new_test") for row in each(sets, range(5), {})]
              + [row for sets in ("held_out", "four", "five") for row in each(sets, (0,), {})],
-    "judged": [row for sets in ("test", "new_test") for row in each(sets, range(2), dict(scale=0.3))],
+    "judged": [row for sets in ("test", "new_test") for row in each(sets, (0,), dict(scale=0.3))],
     "fidelity": each("real", (0,), {}),
 }
 DEFAULTS = dict(Sampling()._asdict(), scale=0.0, guide="evaluator", sets="test", seed=0, weights="ema")
@@ -57,12 +57,12 @@ MEASURES = {"accuracy": 4, "judge": 4, "too_many": 3, "frechet": 3, "frechet_rat
 
 
 def sets_of(kind, judge=None):
-    """The lists of objects that a table's `sets` stands for; "real" are those of 300 real pictures of the `judge`."""
+    """The lists of objects that a table's `sets` stands for; "real" are those of 150 real pictures of the `judge`."""
     official = official_sets()
     known = [*itertools.chain(*official.values()), *held_out_sets()]
     kinds = {**official, "choice": random_sets(64, [2, 3], seed=1, without=known), "held_out": held_out_sets(),
-             "four": random_sets(50, [4], seed=2), "five": random_sets(50, [5], seed=3)}
-    return judge.sets[:300] if kind == "real" else kinds[kind]
+             "four": random_sets(32, [4], seed=2), "five": random_sets(32, [5], seed=3)}
+    return judge.sets[:150] if kind == "real" else kinds[kind]
 
 
 def parse_args():
