@@ -59,7 +59,7 @@ def scene_grid(path, images, sets, misses, columns=8):
     figure, panels = plt.subplots(rows, columns, figsize=(TEXT_WIDTH, rows * (TEXT_WIDTH / columns + 0.09 * lines)),
                                   squeeze=False)
     for axes, image, names, wrong in zip(panels.flat, images, sets, misses):
-        axes.imshow(image.permute(1, 2, 0), interpolation="none")
+        axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="none")
         axes.axis("off")
         for line, name in enumerate(reversed(names)):
             style = dict(color=VERMILION, style="italic") if name in wrong else {}
