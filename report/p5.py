@@ -1,6 +1,7 @@
 """2020's problem 2 in the report: the players' architecture and record, faces, and three kinds of generators."""
 
 import json
+from pathlib import Path
 
 from plots import BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, image_grid, plt, save
 from utils import UserError
@@ -17,6 +18,8 @@ from p4_vae.model import load_model as load_vae
 from p5_gan.inference import generate
 from p5_gan.model import Discriminator, load_model
 from report.layers import draw_chains, trace
+
+NOISES = Path(__file__).resolve().parents[1] / "p2_ddim/noise64"
 
 
 def architecture(path, generator, discriminator):
@@ -49,7 +52,7 @@ def side_by_side(path, chapters, device, gan_faces, quick):
     """Eight faces of each model, one row each."""
     vae, latents = load_vae(chapters / "p4_vae/checkpoints/vae.pt", device)
     unet = load_unet(chapters / "p2_ddim/checkpoints/face64.pt", device)
-    noises = [load_noise(path).to(device) for path in find_noises(chapters / "p2_ddim/noise64")[:8]]
+    noises = [load_noise(path).to(device) for path in find_noises(NOISES)[:8]]
     faces = torch.cat([stretch(sample(unet, noise, 2 if quick else 50)) for noise in noises]).cpu()
     rows = {"VAE, N(0, I)": generate_vae(vae, range(8), 0), "VAE, fitted": generate_vae(vae, range(8), 0,
                                                                                        latents["mixture"]),
