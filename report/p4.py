@@ -20,12 +20,13 @@ ATTRIBUTES = ["Male", "Smiling"]  # gender and smile
 
 
 def architecture(path, model):
-    """Draws encoder and decoder as one forward pass runs them; returns what PyTorch prints of the network."""
+    """Draws encoder and decoder as one forward pass runs them; returns the two parts of what PyTorch prints."""
     x, z = torch.rand(1, 3, 64, 64), torch.zeros(1, model.latents)
     device = next(model.parameters()).device
     draw_chains(path, {"encoder": ((3, 64, 64), trace(model.encoder, lambda: model.encode(x.to(device)))),
                        "decoder": ((model.latents,), trace(model.decoder, lambda: model.decode(z.to(device))))})
-    return str(model)
+    encoder, decoder = str(model).split("\n  (decoder)")
+    return [encoder, f"  (decoder){decoder}"]
 
 
 def build(folder, checkpoints, source, attributes, device, quick):

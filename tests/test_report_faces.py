@@ -87,7 +87,7 @@ def test_the_report_on_faces_is_whole(chapters, faces, tmp_path, monkeypatch):
     assert named == {path.stem for path in (tmp_path / "report/build").glob("*.svg")}
     p4, p5 = (json.loads((tmp_path / f"report/build/{part}.json").read_text()) for part in ("p4", "p5"))
     assert p4["minutes"] == p5["minutes"] == 4 and p4["faces"] == 30 and len(set(p4["numbers"])) == 10
-    assert p4["printed"].startswith("VAE(") and p5["printed"][1].startswith("Discriminator(")
+    assert p4["printed"][0].startswith("VAE(") and p5["printed"][1].startswith("Discriminator(")
     assert [row["name"] for row in p5["faces"]] == ["gan", "vae_normal", "vae_fitted", "ddim", "real"]
 
 
