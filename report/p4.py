@@ -29,19 +29,13 @@ def architecture(path, model):
     return [encoder, f"  (decoder){decoder}"]
 
 
-def records(path):
-    """The rows of a study's CSV file as dicts of plain values."""
-    return json.loads(pd.read_csv(path, dtype=dict(beta=str)).to_json(orient="records"))
-
-
 def build(folder, checkpoints, source, attributes, device, quick):
     """Draws the figures into `folder` and returns the numbers that p4.typ shows.
 
-    checkpoints: the folder of vae.pt, of its training's metrics.jsonl, of results.csv and of betas.csv, which is about
-    short trainings with several weights of the KL. source: a FaceSource with the validation faces; attributes: the file
-    that tells who of them smiles. quick: few faces.
+    checkpoints: the folder of vae.pt, of its training's metrics.jsonl and of results.csv. source: a FaceSource with
+    the validation faces; attributes: the file that tells who of them smiles. quick: few faces.
     """
-    for name in "metrics.jsonl", "results.csv", "betas.csv":
+    for name in "metrics.jsonl", "results.csv":
         if not (checkpoints / name).exists():
             raise UserError(f"there is no {checkpoints / name}; p4_vae/studies.py makes it")
     metrics = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
@@ -59,9 +53,10 @@ def build(folder, checkpoints, source, attributes, device, quick):
         image_grid(folder / f"{name}.svg", generate(model, range(32), 0, mixture), 8, width=4)
     has = read_attributes(attributes).loc[faces.numbers.tolist(), ATTRIBUTES]
     draw_embedding(folder / "p4_tsne.svg", embed(model, faces), dict(has))
+    rows_of_study = pd.read_csv(checkpoints / "results.csv", dtype=dict(beta=str))
     mse, kl = evaluate(model, faces.images)
     return dict(parameters=sum(p.numel() for p in model.parameters()), printed=printed, recipe=content["recipe"],
                 config=content["config"], epochs=metrics[-1]["epoch"], steps=metrics[-1]["step"],
                 minutes=sum(row["seconds"] for row in metrics) / 60, first=metrics[0], last=metrics[-1], mse=mse, kl=kl,
                 faces=len(faces.images), numbers=ten.numbers.tolist(),
-                **{name: records(checkpoints / f"{name}.csv") for name in ("results", "betas")})
+                results=json.loads(rows_of_study.to_json(orient="records")))
