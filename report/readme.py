@@ -4,7 +4,7 @@
     python3 report/readme.py --check     # writes nothing; exit status 2 when a number is stale
 
 A number stands between two comments, which Markdown does not show: <!-- p1.accuracy -->99.8<!-- -->. It comes from
-the results.csv in checkpoints/ of p1_ddpm, p3_dann, p6_personalize and p7_clevr, or from report/benchmark.csv.
+the results.csv (of p5_gan: faces.csv) in the chapters' checkpoints/, or from report/benchmark.csv.
 """
 
 import json
@@ -66,6 +66,24 @@ def p3_numbers():
     return numbers
 
 
+def p4_numbers():
+    """2020's problem 1: of samples and reconstructions, by weight of the KL and prior, such as p4.auto.normal.mse."""
+    rows = pd.read_csv(ROOT / "p4_vae/checkpoints/results.csv", dtype=dict(beta=str))
+    decimals = dict(mse=4, kl=0, kid=1, frechet=3, diversity=2, face_rate=1)
+    rows = rows.assign(face_rate=100 * rows.face_rate, kid=1000 * rows.kid)
+    return {f"p4.{row.beta.replace('-', '_')}.{row.prior}.{name}": f"{row[name]:.{digits}f}"
+            for _, row in rows.iterrows() for name, digits in decimals.items()}
+
+
+def p5_numbers():
+    """2020's problem 2: of the GAN's faces, of other models' and of real ones, such as p5.gan.face_rate."""
+    rows = pd.read_csv(ROOT / "p5_gan/checkpoints/faces.csv")
+    decimals = dict(count=0, kid=1, frechet=3, diversity=2, face_rate=1, nearest=1)
+    rows = rows.assign(face_rate=100 * rows.face_rate, kid=1000 * rows.kid).drop_duplicates("name")
+    return {f"p5.{row['name']}.{name}": f"{row[name]:.{digits}f}"
+            for _, row in rows.iterrows() for name, digits in decimals.items() if pd.notna(row[name])}
+
+
 def p6_numbers():
     """2024's problem 3 in the tiny world: percentages by table and row, such as p6.concepts.new1.objects."""
     rows = pd.read_csv(ROOT / "p6_personalize/checkpoints/results.csv")
@@ -124,7 +142,8 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only tell whether all numbers are those of the records")
     args = parser.parse_args()
-    numbers = p1_numbers() | p3_numbers() | p6_numbers() | p7_numbers() | benchmark_numbers()
+    numbers = (p1_numbers() | p3_numbers() | p4_numbers() | p5_numbers() | p6_numbers() | p7_numbers()
+               | benchmark_numbers())
     for path in [ROOT / "README.md", *sorted(ROOT.glob("assignments/*/README.md"))]:
         text = fill(path, numbers)
         if text != path.read_text(encoding="utf-8"):

@@ -190,7 +190,7 @@ def test_the_numbers_in_the_texts_are_those_of_the_records(monkeypatch):
 
 def test_a_stale_number_is_told_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    for name in ("p1_numbers", "p3_numbers", "benchmark_numbers"):
+    for name in ("p1_numbers", "p3_numbers", "p4_numbers", "p5_numbers", "p6_numbers", "benchmark_numbers"):
         monkeypatch.setattr(readme, name, lambda: {"p1.accuracy": "99.8", "table": "\n| a |\n"})
     page = tmp_path / "README.md"
     page.write_text("It is <!-- p1.accuracy -->97<!-- --> %.\n<!-- table --><!-- -->\n")
