@@ -33,7 +33,7 @@ from PIL import Image
 
 from files import make_output_dir, write_atomic
 from plots import FONT, FONT_DIR
-from report import p1, p2, p3, p6
+from report import p1, p1_domains, p2, p3, p6
 
 
 class Assignment(NamedTuple):
@@ -46,13 +46,16 @@ class Assignment(NamedTuple):
 ASSIGNMENTS = {
     "dlcv2023_hw2": Assignment("Conditional diffusion, DDIM and domain-adversarial training",
                                "Deep Learning for Computer Vision, NTU, Fall 2023, homework 2", ("p1", "p2", "p3")),
-    "dlcv2024_hw2": Assignment("DDIM and personalization",
-                               "Deep Learning for Computer Vision, NTU, Fall 2024, homework 2", ("p2", "p6")),
+    "dlcv2024_hw2": Assignment("Conditional diffusion, DDIM and personalization",
+                               "Deep Learning for Computer Vision, NTU, Fall 2024, homework 2",
+                               ("p1_domains", "p2", "p6")),
 }
 # Each draws its figures into a folder and returns its numbers; the text is in the .typ file of the same name.
 PARTS = {
     "p1": lambda folder, device, args: p1.build(folder, args.chapters / "p1_ddpm/checkpoints", args.data_dir, device,
                                                 args.quick),
+    "p1_domains": lambda folder, device, args: p1_domains.build(folder, args.chapters / "p1_ddpm/checkpoints",
+                                                                args.data_dir, device, args.quick),
     "p2": lambda folder, device, args: p2.build(folder, args.unet, args.noise, args.gt, device, args.quick),
     "p3": lambda folder, device, args: p3.build(folder, args.chapters / "p3_dann/checkpoints", args.data_dir, device,
                                                 args.quick),
