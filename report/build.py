@@ -34,7 +34,7 @@ from PIL import Image
 from faces import face_source
 from files import make_output_dir, write_atomic
 from plots import FONT, FONT_DIR
-from report import p1, p2, p3, p4, p5, p6, p7
+from report import p1, p1_domains, p2, p3, p4, p5, p6, p7
 
 
 class Assignment(NamedTuple):
@@ -49,8 +49,9 @@ ASSIGNMENTS = {
                                "Deep Learning for Computer Vision, NTU, Fall 2020, homework 3", ("p4", "p5")),
     "dlcv2023_hw2": Assignment("Conditional diffusion, DDIM and domain-adversarial training",
                                "Deep Learning for Computer Vision, NTU, Fall 2023, homework 2", ("p1", "p2", "p3")),
-    "dlcv2024_hw2": Assignment("DDIM and personalization",
-                               "Deep Learning for Computer Vision, NTU, Fall 2024, homework 2", ("p2", "p6")),
+    "dlcv2024_hw2": Assignment("Conditional diffusion, DDIM and personalization",
+                               "Deep Learning for Computer Vision, NTU, Fall 2024, homework 2",
+                               ("p1_domains", "p2", "p6")),
     "nycu2024_lab6": Assignment("Scenes of several objects by conditional diffusion",
                                 "Deep Learning, NYCU, Spring 2024, lab 6", ("p7",)),
 }
@@ -58,6 +59,8 @@ ASSIGNMENTS = {
 PARTS = {
     "p1": lambda folder, device, args: p1.build(folder, args.chapters / "p1_ddpm/checkpoints", args.data_dir, device,
                                                 args.quick),
+    "p1_domains": lambda folder, device, args: p1_domains.build(folder, args.chapters / "p1_ddpm/checkpoints",
+                                                                args.data_dir, device, args.quick),
     "p2": lambda folder, device, args: p2.build(folder, args.unet, args.noise, args.gt, device, args.quick),
     "p3": lambda folder, device, args: p3.build(folder, args.chapters / "p3_dann/checkpoints", args.data_dir, device,
                                                 args.quick),
