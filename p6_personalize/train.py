@@ -31,7 +31,7 @@ from dataset import list_images, read_rgb
 from files import make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import best_five, scores
 from p6_personalize.inversion import add_token, diffusion_loss, encode, random_square, save_embeds, token_ids
-from p6_personalize.model import CLIP, PIPELINE, Clip, generate, load_pipeline
+from p6_personalize.model import CLIP, PIPELINE, Clip, default_guidance, generate, load_pipeline
 from p6_personalize.prompts import TEMPLATES
 
 
@@ -53,7 +53,8 @@ def parse_args():
     add("--validation_prompt", help="a prompt with the new word, to see what it has learnt at each saved step")
     add("--choose", type=nonempty_path, nargs="?", const=CLIP,
         help="a CLIP that chooses among the saved steps by image + 2.5 text")
-    add("--guidance", type=float_between(1), default=7.5, help="classifier-free guidance of the samples; 1 is none")
+    add("--guidance", type=float_between(1), help="classifier-free guidance of the samples, 1 is none; when not given "
+        "7.5, with the tiny pipeline 2")
     add("--gradient_checkpointing", action="store_true", help="compute twice to save memory: fits 512x512 into 11 GB")
     add("--resume", action="store_true", help="go on from last.pt in --output_dir")
     add("--dry_run", action="store_true", help="train two steps, write nothing")
@@ -61,7 +62,9 @@ def parse_args():
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
         help="precision of all that is not learnt; auto takes what the device does fast")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.guidance = args.guidance or default_guidance(args.checkpoint)
+    return args
 
 
 def main():
