@@ -56,7 +56,8 @@ def build(folder, checkpoints, scenes_dir, device, quick):
 
     def draw(jobs):
         """uint8 (jobs, 3, H, W): the pictures of a list of (number, prompt)."""
-        return torch.cat([batch for _, batch in generate(pipe, jobs, 0, 2 if quick else 25, default_guidance(PIPELINE))])
+        batches = generate(pipe, jobs, 0, 2 if quick else 25, default_guidance(PIPELINE))
+        return torch.cat([images for _, images in batches])
 
     requests, shown = read_requests(CONCEPTS / "input.json"), 8
     references = {request.key: [read_rgb(CONCEPTS / request.key / name) for name in list_images(CONCEPTS / request.key)]
