@@ -539,7 +539,8 @@ def test_wrapper_twice_at_once_gives_1000_whole_images_of_the_right_names(tmp_pa
     image = Image.open(tmp_path / "out put/3_017.png")
     assert image.size == (28, 28) and image.mode == "RGB"
 
-    infer(tmp_path / "again", *flags)  # the same command makes the same bytes
+    process = wrapper("again", *flags, cwd=tmp_path)  # the same command makes the same bytes
+    assert process.wait(timeout=300) == 0
     for name in digit_classifier.expected_names():
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out put" / name).read_bytes()
 

@@ -91,12 +91,6 @@ def test_the_report_on_faces_is_whole(chapters, faces, tmp_path, monkeypatch):
     assert [row["name"] for row in p5["faces"]] == ["gan", "vae_normal", "vae_fitted", "ddim", "real"]
 
 
-def test_a_part_in_no_wanted_report_writes_none(tmp_path, chapters, faces, monkeypatch):
-    call(monkeypatch, "--quick", "--assignment", "dlcv2023_hw2", "--only", "p4", "--chapters", chapters,
-         "--output_dir", tmp_path)
-    assert not list(tmp_path.rglob("*.pdf"))
-
-
 def test_missing_records_are_told(tmp_path, faces, monkeypatch):
     for part, name in (("p4", "p4_vae/checkpoints/metrics.jsonl"), ("p5", "p5_gan/checkpoints/metrics.jsonl")):
         with pytest.raises(UserError, match=f"there is no {tmp_path}/{name}"):
