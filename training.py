@@ -387,10 +387,11 @@ def save(output_dir, parts, step, description, samples=None, **rest):
 
 
 def save_model(output_dir, model, **description):
-    """Writes model.pt for inference: `model`'s parameters in half precision (its buffers as they are), no more metrics
-    than the last; description: kind, config, recipe, metrics."""
+    """Writes model.pt for inference: `model`'s parameters in half precision (its buffers as they are) on the CPU, which
+    every machine has, no more metrics than the last; description: kind, config, recipe, metrics."""
     parameters = dict(model.named_parameters())
-    weights = {name: value.half() if name in parameters else value for name, value in model.state_dict().items()}
+    weights = {name: (value.half() if name in parameters else value).cpu()
+               for name, value in model.state_dict().items()}
     description["metrics"] = description["metrics"][-1:]
     save_checkpoint(output_dir / "model.pt", **description, ema=weights)
 

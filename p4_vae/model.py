@@ -20,6 +20,11 @@ CHECKPOINT = Path(__file__).parent / "checkpoints/vae.pt"
 PIXELS = 3 * 32 * 32  # of eigenfaces
 
 
+def float32(device):
+    """A context without mixed precision: bfloat16 rounds a mean latent by more than its posterior's deviation."""
+    return torch.autocast(device.type, enabled=False)
+
+
 class ResidualBlock(nn.Module):
     """ReLU, conv, ReLU, conv; plus the shortcut."""
 
@@ -73,18 +78,24 @@ class VAE(nn.Module):
         self.std.copy_(singular / len(x) ** 0.5)
         error = (x - self.average).square().mean() - self.std.square().sum() / PIXELS
         # A pixel at 32x32 stands for four at 64x64.
-        self.encoder[-1].bias[self.latents:] = -(1 + 4 * self.std.square() / error).log()
+        self.encoder[-1].bias[self.latents:] = (4 * self.std.square() / error).log()
 
     def encode(self, x):
-        """(mean, log variance) of q(z | x), each (B, L), for images x (B, 3, 64, 64) in [0, 1]."""
-        mean, log_variance = self.encoder(2 * x - 1).float().chunk(2, dim=1)
-        linear = (F.avg_pool2d(x, 2).flatten(1) - self.average) @ (self.basis / self.std)
-        return linear + mean, log_variance.clamp(-20, 10)  # exp stays finite while a training is young
+        """(mean, log variance) of q(z | x), each (B, L), for images x (B, 3, 64, 64) in [0, 1].
+
+        As in the linear model, the posterior's precision is the prior's, 1, and what the image adds to it, whose log
+        the network tells: so no step of a training can make the variance larger than 1.
+        """
+        mean, log_precision = self.encoder(2 * x - 1).float().chunk(2, dim=1)
+        with float32(x.device):
+            linear = (F.avg_pool2d(x, 2).flatten(1) - self.average) @ (self.basis / self.std)
+        return linear + mean, -F.softplus(log_precision)
 
     def decode(self, z):
         """The mean of p(x | z), float32 (B, 3, 64, 64) in [0, 1] but for what it oversteps, for z (B, L)."""
-        linear = self.average + z @ (self.basis * self.std).T
-        linear = F.interpolate(linear.float().view(-1, 3, 32, 32), scale_factor=2, mode="bilinear", align_corners=False)
+        with float32(z.device):
+            linear = (self.average + z @ (self.basis * self.std).T).view(-1, 3, 32, 32)
+        linear = F.interpolate(linear, scale_factor=2, mode="bilinear", align_corners=False)
         return linear + self.decoder(z).float()
 
     def forward(self, x, noise):

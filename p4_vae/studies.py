@@ -45,6 +45,7 @@ def parse_args():
                         help="where the trainings go, a folder each")
     parser.add_argument("--output", type=nonempty_path, default=ROOT / "p4_vae/checkpoints/results.csv",
                         help="the file of results")
+    parser.add_argument("--no_identity", action="store_true", help="leave out Frechet distance and diversity")
     parser.add_argument("--figures", type=nonempty_path, help="a folder for figures; none are made when not given")
     return parser.parse_args()
 
@@ -67,8 +68,8 @@ def measure(folder, beta, judge, count):
     for prior, mixture in (("normal", None), ("fitted", latents["mixture"])):
         measures, _ = judge(generate(model, range(count), 0, mixture))
         values = dict(measures, mse=mse, kl=kl)
-        rows.append(dict(beta=beta, prior=prior, count=count, **{name: round(values[name], decimals)
-                                                                 for name, decimals in MEASURES.items()}))
+        rows.append(dict(beta=beta, prior=prior, count=count, **{name: round(values[name], decimals) for name, decimals
+                                                                 in MEASURES.items() if name in values}))
     return rows
 
 
@@ -119,7 +120,7 @@ def main():
         train(args.output_dir / beta, beta, args)
     if args.figures:
         draw_figures(args.figures, args.output_dir / args.betas[-1], args)
-    judge = Judge(args.data_dir)
+    judge = Judge(args.data_dir, not args.no_identity)
     rows = [row for beta in args.betas for row in measure(args.output_dir / beta, beta, judge, args.count)]
     rows = pd.DataFrame(rows)
     write_atomic(args.output, rows.to_csv(index=False).encode())

@@ -2,6 +2,10 @@
 
     python3 p5_gan/evaluate.py --data_dir first9000.zip squashed.zip:6-58
     python3 p5_gan/evaluate.py --data_dir ... --checkpoint p5_gan/output/model.pt
+    python3 p5_gan/evaluate.py --data_dir ... --others vae vae_fitted ddim --output p5_gan/checkpoints/faces.csv
+
+--others judges the faces in these folders as well. --output records it all: a row for the generator ("gan"), one for
+each folder by its name, and one for as many real faces.
 """
 
 import sys
@@ -10,12 +14,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, int_at_least, nonempty_path, pick_device, run
+from utils import UserError, argument_parser, int_at_least, nonempty_path, pick_device, run
 
-from face_grader import Judge, report
+import pandas as pd
+
+from face_grader import Judge, read_generated, report
 from faces import add_arguments
+from files import check_output_file, write_atomic
 from p5_gan.inference import generate
 from p5_gan.model import CHECKPOINT, load_model
+
+
+def judge_all(judge, sets):
+    """(text for people, rows of the record) on {name: uint8 images (N, 3, 64, 64)}; the rows of real faces, one for
+    each N, come last."""
+    texts, rows, real_rows = [], [], {}
+    for name, images in sets.items():
+        measures, real = judge(images)
+        texts.append(f"{name}, {len(images)} images\n{report(measures, real)}")
+        rows.append(dict(name=name, count=len(images), **measures))
+        real_rows[len(images)] = dict(name="real", count=len(images), **real)
+    return "\n".join(texts), [*rows, *real_rows.values()]
 
 
 def main():
@@ -24,11 +43,23 @@ def main():
     parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")
     parser.add_argument("--count", type=int_at_least(2), default=1000, help="faces to generate")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the latents")
+    parser.add_argument("--others", type=nonempty_path, nargs="+", default=[], help="folders of other models' faces")
+    parser.add_argument("--output", type=nonempty_path, help="a CSV file for the measures; none when not given")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to generate")
     parser.add_argument("--no_identity", action="store_true", help="leave out Frechet distance and diversity")
     args = parser.parse_args()
-    images = generate(load_model(args.checkpoint, pick_device(args.device)), range(args.count), args.seed)
-    print(report(*Judge(args.data_dir, not args.no_identity)(images)))
+    if args.output:
+        check_output_file(args.output)
+    model = load_model(args.checkpoint, pick_device(args.device))
+    sets = {path.stem: read_generated(path)[:args.count] for path in args.others}
+    for path in args.others:
+        if len(sets[path.stem]) < 2 or path.stem in ("gan", "real"):
+            raise UserError(f"{path} holds a single image, or is named as ours or the real ones are; name another")
+    text, rows = judge_all(Judge(args.data_dir, not args.no_identity),
+                           {"gan": generate(model, range(args.count), args.seed), **sets})
+    print(text)
+    if args.output:
+        write_atomic(args.output, pd.DataFrame(rows).round(6).to_csv(index=False).encode())
 
 
 if __name__ == "__main__":

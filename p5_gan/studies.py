@@ -41,7 +41,7 @@ def parse_args():
     parser = argument_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what to train")
-    parser.add_argument("--epochs", type=int_at_least(1), default=40, help="of our recipe; others take as long")
+    parser.add_argument("--epochs", type=int_at_least(1), default=24, help="of our recipe; others take as long")
     parser.add_argument("--count", type=int_at_least(2), default=1000, help="samples to judge")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p5_gan/output/studies",
                         help="where the trainings go, a folder each")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from files import make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import file_name, folder_of
-from p6_personalize.model import HERE, PIPELINE, add_embeds, generate, load_pipeline, read_embeds
+from p6_personalize.model import HERE, PIPELINE, add_embeds, default_guidance, generate, load_pipeline, read_embeds
 from p6_personalize.prompts import IMAGES, read_requests
 
 EMBEDS = [HERE / "checkpoints/new1.safetensors", HERE / "checkpoints/new2.safetensors"]  # of the tiny pipeline
@@ -38,13 +38,16 @@ def parse_args():
     parser.add_argument("--embeds", type=nonempty_path, nargs="*", default=EMBEDS,
                         help="learned_embeds files, one for each token")
     parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
-    parser.add_argument("--guidance", type=float_between(1), default=7.5, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--guidance", type=float_between(1),
+                        help="classifier-free guidance, 1 is none; when not given 7.5, with the tiny pipeline 2")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
     parser.add_argument("--batch_size", type=int_at_least(1), default=5, help="images at a time")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
                         help="the networks' precision; auto takes what the device does fast")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.guidance = args.guidance or default_guidance(args.checkpoint)
+    return args
 
 
 def check_tokens(requests, tokens, tokenizer, where):

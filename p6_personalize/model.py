@@ -258,6 +258,11 @@ def add_embeds(pipe, path):
 # --- Sampling -----------------------------------------------------------------------------------
 
 @torch.no_grad()
+def default_guidance(checkpoint):
+    """The strength of guidance for a pipeline: that of Stable Diffusion, or what suits the tiny one."""
+    return 2.0 if checkpoint == PIPELINE else 7.5
+
+
 def generate(pipe, jobs, seed, steps, guidance, batch_size=8):
     """Yields (jobs, images) batch by batch for a list of (number, prompt); images: uint8 (B, 3, H, W) on the CPU.
 

@@ -31,7 +31,7 @@ from dataset import list_images, read_rgb
 from files import make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import best_five, scores
 from p6_personalize.inversion import add_token, diffusion_loss, encode, random_square, save_embeds, token_ids
-from p6_personalize.model import CLIP, PIPELINE, Clip, generate, load_pipeline
+from p6_personalize.model import CLIP, PIPELINE, Clip, default_guidance, generate, load_pipeline
 from p6_personalize.prompts import TEMPLATES
 
 
@@ -51,9 +51,8 @@ def parse_args():
     add("--crop", type=float_between(0.1, 1), default=0.9, help="smallest side of a random crop, as a share")
     add("--save_every", type=int_at_least(1), default=50, help="steps between saved embeddings")
     add("--validation_prompt", help="a prompt with the new word, to see what it has learnt at each saved step")
-    add("--choose", type=nonempty_path, nargs="?", const=CLIP,
-        help="a CLIP that chooses among the saved steps by image + 2.5 text")
-    add("--guidance", type=float_between(1), default=7.5, help="classifier-free guidance of the samples; 1 is none")
+    add("--choose", type=nonempty_path, nargs="?", const=CLIP, help="a CLIP that chooses a step by image + 2.5 text")
+    add("--guidance", type=float_between(1), help="of the samples; 1 is none, not given 7.5, with the tiny pipeline 2")
     add("--gradient_checkpointing", action="store_true", help="compute twice to save memory: fits 512x512 into 11 GB")
     add("--resume", action="store_true", help="go on from last.pt in --output_dir")
     add("--dry_run", action="store_true", help="train two steps, write nothing")
@@ -108,7 +107,8 @@ def main():
         save_embeds(folder / "learned_embeds.safetensors", args.placeholder_token, rows.rows)
         if args.validation_prompt:
             with autocast(process.device, process.dtype):
-                batches = list(generate(pipe, [(n, args.validation_prompt) for n in range(8)], 0, 25, args.guidance))
+                batches = list(generate(pipe, [(n, args.validation_prompt) for n in range(8)], 0, 25,
+                                        args.guidance or default_guidance(args.checkpoint)))
             images = torch.cat([images for _, images in batches])
             save_png(folder / "samples.png", make_grid(images, nrow=4))
         if clip:

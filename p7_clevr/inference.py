@@ -57,14 +57,6 @@ def add_scene_arguments(parser):
                         help="what measures accuracy, such as the course's checkpoint.pth")
 
 
-def load_scenes_model(args, device):
-    """(network, alphas_cumprod) for the flags `args`, see load_model."""
-    if args.checkpoint == CHECKPOINT and not CHECKPOINT.exists():
-        raise UserError(f"there is no {CHECKPOINT}, for its training is not done: run 'python3 p7_clevr/train.py "
-                        "--data_dir DIR' and name the model.pt that it writes with --checkpoint")
-    return load_model(args.checkpoint, device, args.weights)
-
-
 def load_guide(path, scale, alphas_cumprod, device):
     """The Guide that the file `path` holds; none is read for scale 0."""
     if not scale:
@@ -118,6 +110,12 @@ def generate(model, alphas_cumprod, scenes, sampling, seed, device, batch_size=3
             yield batch, images, states
 
 
+def number_scenes(lists):
+    """[(number, list of objects), ...] as `generate` takes them, for {name: lists of objects}."""
+    return [(1000 * place + number, names) for place, sets in enumerate(lists.values())
+            for number, names in enumerate(sets)]
+
+
 def strip_timesteps(timesteps, states=8):
     """`states` of the visited `timesteps`, or all where there are fewer, evenly apart from the first to the last."""
     last = len(timesteps) - 1
@@ -152,14 +150,13 @@ def main():
     else:
         lists = {name: read_conditions(args.data_dir / f"{name}.json") for name in ("test", "new_test")}
     device, sampling = pick_device(args.device), sampling_of(args)
-    model, alphas_cumprod = load_scenes_model(args, device)
+    model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     evaluator = Evaluator(args.evaluator, device)
     guide = load_guide(args.guide, args.scale, alphas_cumprod, device)
     keep = strip_timesteps(visited_timesteps(sampling, alphas_cumprod))
     output_dir = make_output_dir(args.output_dir)
 
-    scenes = [(1000 * place + number, names) for place, sets in enumerate(lists.values())
-              for number, names in enumerate(sets)] + [(1000 * len(lists), STRIP)] * (not args.labels)
+    scenes = number_scenes(lists) + [(1000 * len(lists), STRIP)] * (not args.labels)
     batches = list(generate(model, alphas_cumprod, scenes, sampling, args.seed, device, args.batch_size, guide, keep))
     images = torch.cat([images for _, images, _ in batches])
     for name, sets in lists.items():

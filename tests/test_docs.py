@@ -41,8 +41,11 @@ def parser_of(script):
 
 def flags_of(script):
     """{name: argparse's action} of a script's flags and positional arguments."""
+    actions = list(parser_of(script)._actions)
+    for part in [action for action in actions if isinstance(action, argparse._SubParsersAction)]:
+        actions += [action for parser in part.choices.values() for action in parser._actions]
     return {action.option_strings[-1] if action.option_strings else action.dest: action
-            for action in parser_of(script)._actions if action.dest != "help"}
+            for action in actions if action.dest != "help"}
 
 
 def called_by(wrapper):
@@ -190,8 +193,8 @@ def test_the_numbers_in_the_texts_are_those_of_the_records(monkeypatch):
 
 def test_a_stale_number_is_told_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    for name in ("p1_numbers", "p3_numbers", "benchmark_numbers"):
-        monkeypatch.setattr(readme, name, lambda: {"p1.accuracy": "99.8", "table": "\n| a |\n"})
+    for name in ("p1", "p3", "p4", "p5", "p6", "p7", "benchmark"):
+        monkeypatch.setattr(readme, f"{name}_numbers", lambda: {"p1.accuracy": "99.8", "table": "\n| a |\n"})
     page = tmp_path / "README.md"
     page.write_text("It is <!-- p1.accuracy -->97<!-- --> %.\n<!-- table --><!-- -->\n")
     monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])

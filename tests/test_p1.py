@@ -487,14 +487,18 @@ def test_training_refuses_bad_flags(tmp_path, data_dir, flags, message):
         run_train(data_dir, tmp_path, *flags)
 
 
-def test_the_shipped_checkpoint_is_that_of_the_defaults():
+@pytest.mark.parametrize("name, record", [("ddpm.pt", "metrics.jsonl"), ("mnistm_svhn.pt", "mnistm_svhn.jsonl")])
+def test_the_shipped_checkpoints_are_those_of_the_commands_shown(name, record):
+    both = re.search("train.py (--domains .*)", (ROOT / "README.md").read_text())[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py"])
+        patch.setattr(sys, "argv", ["train.py", *(both.split() if "svhn" in name else [])])
         wanted = training.recipe(train.parse_args())
-    shipped = load_checkpoint(inference.CHECKPOINT, "p1_ddpm", ["config", "recipe", "metrics"])
+    path = inference.CHECKPOINT.with_name(name)
+    shipped = load_checkpoint(path, "p1_ddpm", ["config", "recipe", "metrics"])
+    shipped["recipe"].pop("sample_every", None)  # says what is drawn on the way
     assert {name: wanted[name] for name in shipped["recipe"]} == shipped["recipe"]
-    lines = (inference.CHECKPOINT.parent / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1]) == shipped["metrics"][-1] and len(lines) == shipped["recipe"]["epochs"]
+    last = json.loads(path.with_name(record).read_text().splitlines()[-1])
+    assert last == shipped["metrics"][-1] and last["epoch"] == shipped["recipe"]["epochs"]
 
 
 # --- Sampling -----------------------------------------------------------------------------------
@@ -535,7 +539,8 @@ def test_wrapper_twice_at_once_gives_1000_whole_images_of_the_right_names(tmp_pa
     image = Image.open(tmp_path / "out put/3_017.png")
     assert image.size == (28, 28) and image.mode == "RGB"
 
-    infer(tmp_path / "again", *flags)  # the same command makes the same bytes
+    process = wrapper("again", *flags, cwd=tmp_path)  # the same command makes the same bytes
+    assert process.wait(timeout=300) == 0
     for name in digit_classifier.expected_names():
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out put" / name).read_bytes()
 
@@ -593,8 +598,12 @@ def test_kept_states_are_those_of_the_way(checkpoint):
 
 
 def test_flags_are_the_sampling(monkeypatch):
+    wrapper = (ROOT / "assignments/dlcv2024_hw2/hw2_1.sh").read_text()
+    words = re.search(r'mnistm_svhn.pt" (.*) "\$@"', wrapper)[1].split()
+    monkeypatch.setattr(sys, "argv", ["inference.py", "out", *words])
+    assert inference.sampling_of(inference.parse_args()) == inference.SHIPPED_2024
     monkeypatch.setattr(sys, "argv", ["inference.py", "out"])
-    assert inference.sampling_of(inference.parse_args()) == Sampling()
+    assert inference.sampling_of(inference.parse_args()) == inference.SHIPPED
     monkeypatch.setattr(sys, "argv", "inference.py out --sampler ddpm --steps 7 --spacing uniform --eta 0.5 "
                                      "--guidance 3 --interval 1 900".split())
     assert inference.sampling_of(inference.parse_args()) == Sampling("ddpm", 7, "uniform", 0.5, 3.0, (1.0, 900.0))
@@ -761,17 +770,17 @@ def test_a_study_measures_each_setting_once(tmp_path, data_dir, checkpoint, monk
     content.update(model=random_unet(1).state_dict(), metrics=[dict(epoch=2.5)])
     save_checkpoint(tmp_path / "last.pt", **content)
     flags = ["--checkpoint", tmp_path / "last.pt", "--output", tmp_path / "results.csv", "--data_dir", data_dir,
-             "--device", "cpu", "--per_class", 2, "--steps", 2, "--tables", "guidance", "ema"]
+             "--device", "cpu", "--per_class", 2, "--tables", "guidance", "interval", "ema"]
     call(studies, *flags)
     printed = capsys.readouterr().out
     assert "| guidance | accuracy |" in printed and "| weights | accuracy |" in printed
     rows = pd.read_csv(tmp_path / "results.csv", dtype=dict(checkpoint=str))
     assert list(rows.columns) == ["table", "domain", "checkpoint", "epochs", *studies.FLAGS, *studies.MEASURES]
-    assert rows.groupby("table").size().to_dict() == dict(guidance=6, ema=2)
+    assert rows.groupby("table").size().to_dict() == dict(guidance=6, interval=4, ema=2)
     assert set(rows.checkpoint) == {studies.digest_of(tmp_path / "last.pt")} and set(rows.epochs) == {2.5}
-    # The default setting stands in both tables, and is measured once.
-    default = rows[(rows.guidance == 1.5) & (rows.weights == "ema")]
-    assert len(default) == 2 and default.seconds.nunique() == 1
+    # One setting stands in all three tables, and is measured once.
+    shared = rows[(rows.guidance == 1.5) & (rows.interval == "200 to 1000") & (rows.weights == "ema")]
+    assert len(shared) == 3 and shared.seconds.nunique() == 1
     before = (tmp_path / "results.csv").read_bytes()
     monkeypatch.setattr(studies, "measure", None)  # a second call finds everything done
     call(studies, *flags)
@@ -801,7 +810,7 @@ def test_settings_are_the_tables_changes_to_the_flags():
         assert rows == [{**studies.DEFAULTS, **change} for change in changes]
     assert [row["steps"] for row in studies.settings("steps", 10)] == [8, 10, 10, 10] * 3
     assert studies.as_text(studies.DEFAULTS) == dict(
-        sampler="ddim", steps="20", spacing="log_snr", guidance="1.5", interval="200 to 1000", seed="0", weights="ema",
+        sampler="dpmpp", steps="12", spacing="log_snr", guidance="2.5", interval="400 to 900", seed="0", weights="ema",
         eta="0.0", per_class="100")
 
 
@@ -815,11 +824,17 @@ def test_means_are_over_seeds_and_only_over_them():
     assert lines[0].startswith("| guidance | accuracy |") and "| 91.00 ± 1.41 |" in lines[2] and "| 80.00 |" in lines[3]
 
 
-def test_the_committed_results_are_those_of_the_committed_checkpoint():
+def test_the_committed_results_are_those_of_the_committed_checkpoints():
     rows = pd.read_csv(inference.CHECKPOINT.parent / "results.csv", dtype=str)
+    both = rows[rows.checkpoint == studies.digest_of(inference.CHECKPOINT.with_name("mnistm_svhn.pt"))]
+    wanted = [("shipped", {**studies.DEFAULTS, **inference.SHIPPED_2024._asdict(), "per_class": 50}),
+              *(("domains", setting) for setting in studies.settings("domains", 1000))]
+    assert sorted(both[["table", "domain", *studies.FLAGS]].values.tolist()) == sorted(
+        [table, domain, *studies.as_text(setting).values()] for table, setting in wanted
+        for domain in ("mnistm", "svhn"))
     rows = rows[rows.checkpoint == studies.digest_of(inference.CHECKPOINT)]
     for table in studies.TABLES:
-        if table != "ema":  # of a training's last.pt
+        if table not in ("domains", "ema"):  # of other networks
             found = rows[rows.table == table][studies.FLAGS].values.tolist()
             wanted = [list(studies.as_text(setting).values()) for setting in studies.settings(table, 1000)]
             assert sorted(found) == sorted(wanted), table

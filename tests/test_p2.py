@@ -20,6 +20,7 @@ from torchvision.utils import save_image
 
 import files
 import training
+from dataset import read_image_source
 from p2_ddim import ddim, evaluate, inference, studies, train
 from p2_ddim.ddim import ddpm_loss, lerp, noise_schedule, sample, slerp, stretch, timesteps
 from p2_ddim.model import load_model
@@ -602,7 +603,7 @@ def test_an_epoch_holds_every_image_once_and_a_batch_every_part_of_the_timesteps
     monkeypatch.setattr(train, "ddpm_loss", lambda model, x0, t, noise, alphas_cumprod: (
         seen.append((x0, t, noise)), ddpm_loss(model, x0, t, noise, alphas_cumprod))[1])
     run_train(monkeypatch, *tiny(faces, tmp_path / "out"))
-    images = train.read_image_source(faces, 32)[0].float() / 127.5 - 1
+    images = read_image_source(faces, 32)[0].float() / 127.5 - 1
     for epoch in (seen[:3], seen[3:]):
         x0 = torch.cat([x0 for x0, _, _ in epoch])
         which = [[i for i, image in enumerate(images) if torch.equal(one, image) or torch.equal(one, image.flip(2))]

@@ -148,6 +148,52 @@ def test_a_network_starts_as_probabilistic_pca():
     assert model.decode(torch.zeros(2, 5)).shape == (2, 3, 64, 64)
 
 
+@torch.no_grad()
+def test_bfloat16_moves_a_mean_by_less_than_its_posteriors_deviation():
+    """The surest latents' deviations are a few thousandths, and bfloat16 has eight bits."""
+    torch.manual_seed(0)
+    images = face_like(200)
+    model = VAE(5, 2)
+    model.set_eigenfaces(images)
+    x = images.float() / 255
+    mean, log_variance = model.encode(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low, _ = model.encode(x)
+        decoded = model.decode(mean)
+    assert ((low - mean).abs() < 0.01 * (log_variance / 2).exp()).all()
+    torch.testing.assert_close(decoded, model.decode(mean), rtol=0, atol=1e-5)
+
+
+def test_no_encoder_makes_the_variance_larger_than_the_priors():
+    """Nor stops it from coming back: a bound that cuts off would pass no gradient beyond it."""
+    torch.manual_seed(0)
+    model = VAE(4, 2)
+    with torch.no_grad():
+        model.encoder[-1].bias.copy_(torch.tensor([0.0] * 4 + [-20, -1, 1, 1000]))
+    _, log_variance = model.encode(torch.rand(1, 3, 64, 64))
+    assert (log_variance <= 0).all() and log_variance.isfinite().all() and log_variance[0, 3] == -1000
+    log_variance[0, 1:].sum().backward()
+    assert (model.encoder[-1].bias.grad[5:] < -0.2).all()
+
+
+def test_a_wild_batch_is_clipped_and_a_usual_one_is_not():
+    """Muon and Adam move by the same amount along small and large gradients, so one wild batch among the others steers
+    them for dozens of steps unless it is clipped to about the others' size."""
+    torch.manual_seed(0)
+    images = face_like(200)
+    model = VAE(5, 2)
+    model.set_eigenfaces(images)
+
+    def gradient_norm(x):
+        decoded, mean, log_variance = model(x, torch.randn(len(x), 5))
+        mse = squared_errors(decoded, x)
+        loss = (mse + automatic_beta(mse) * kl_divergence(mean, log_variance)).mean()
+        return torch.stack([g.norm() for g in torch.autograd.grad(loss, list(model.parameters()))
+                            ]).norm().item()
+    usual = images[:32].float() / 255
+    assert gradient_norm(usual) < train.CLIP < gradient_norm(10 * usual)
+
+
 def test_the_fitted_prior_has_the_latents_means_and_covariances():
     rng = np.random.default_rng(0)
     mix = np.array([[2.0, 0], [1, 0.5]])

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 import training
-from p5_gan import inference, train
+from p5_gan import evaluate, inference, train
 from p5_gan.augment import DiffAugment, colour, cutout, translation
 from p5_gan.losses import LOSSES
 from p5_gan.model import Discriminator, Generator, load_model
@@ -218,6 +219,24 @@ def test_same_seed_same_bytes_and_a_face_is_its_own(trained, tmp_path, monkeypat
     assert all(x != y for x, y in zip(bytes_of["a"], bytes_of["c"]))
     alone = inference.generate(load_model(trained / "model.pt"), [4], seed=0)[0].permute(1, 2, 0).numpy()
     assert np.abs(alone.astype(int) - np.asarray(Image.open(tmp_path / "a/0004.png"))).max() <= 1
+
+
+def test_other_models_faces_are_judged_and_recorded(data, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "Judge", lambda sources, identity: lambda images: (
+        dict(face_rate=images.float().mean().item() / 255, kid=0.1, nearest=9.0),
+        dict(face_rate=len(images) / 100, kid=0.0, nearest=1.0)))
+    flags = ["--data_dir", data, "--checkpoint", trained / "model.pt", "--device", "cpu", "--count", 30]
+    call(evaluate, monkeypatch, *flags, "--others", data, "--output", tmp_path / "new/faces.csv")
+    table = pd.read_csv(tmp_path / "new/faces.csv")
+    assert table.name.tolist() == ["gan", data.name, "real", "real"] and table["count"].tolist() == [30, 20, 30, 20]
+    pictures = np.stack([np.asarray(Image.open(path)) for path in data.iterdir()])
+    assert table.face_rate[1] == pytest.approx(pictures.mean() / 255, abs=1e-3) and table.face_rate[3] == 0.2
+    assert f"{data.name}, 20 images" in capsys.readouterr().out
+    (tmp_path / "real").mkdir()
+    for name in ("1.png", "2.png"):
+        (tmp_path / "real" / name).write_bytes((data / "000001.png").read_bytes())
+    with pytest.raises(UserError, match="named as ours or the real ones"):
+        call(evaluate, monkeypatch, *flags, "--others", tmp_path / "real")
 
 
 def test_weights_with_nan_are_refused(trained, tmp_path):

@@ -26,6 +26,7 @@ from p1_ddpm.inference import Sampling
 from p7_clevr import evaluate, guidance, inference, scenes, studies, train, train_evaluator
 from p7_clevr.evaluator import NETWORKS, Encoder, Evaluator, load_grader, top_k_hits
 from p7_clevr.model import SceneUNet, load_model, scene_schedule
+from report import build, p7
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(channels=[8, 8], condition="tokens", patch=8)
@@ -632,13 +633,6 @@ def test_the_wrapper_refuses_bad_input_from_any_folder_in_one_sentence(tmp_path,
                            'objects; the nearest is "red cube"\n')
 
 
-def test_without_the_checkpoint_one_sentence_says_how_to_train_it(tmp_path, evaluator_file, monkeypatch):
-    monkeypatch.setattr(inference, "CHECKPOINT", tmp_path / "scenes.pt")
-    with pytest.raises(UserError, match="run 'python3 p7_clevr/train.py --data_dir DIR'"):
-        call(inference, tmp_path / "out", "--evaluator", evaluator_file)
-    assert not (tmp_path / "out").exists()
-
-
 # --- Evaluation and studies ---------------------------------------------------------------------
 
 def test_things_are_counted_before_the_background():
@@ -717,9 +711,94 @@ def test_tables_vary_flags_and_report_what_took_part_in_no_choice():
     judge = evaluate.Judge.__new__(evaluate.Judge)
     judge.sets = [["red cube"]] * 400
     kinds = {kind: studies.sets_of(kind, judge) for kind in ("choice", "held_out", "test", "new_test", "four", "five")}
-    assert [len(sets) for sets in kinds.values()] == [64, 100, 32, 32, 50, 50]
-    assert len(studies.sets_of("real", judge)) == 300
+    assert [len(sets) for sets in kinds.values()] == [64, 100, 32, 32, 32, 32]
+    assert len(studies.sets_of("real", judge)) == 150
     choice = {frozenset(names) for names in kinds.pop("choice")}
     assert all(choice.isdisjoint(map(frozenset, sets)) for sets in kinds.values())
     seeds = [{row["seed"] for row in studies.TABLES[name]} for name in ("guidance", "seeds")]
     assert seeds[0].isdisjoint(seeds[1])
+
+
+# --- What is shipped, and the report ------------------------------------------------------------
+
+@pytest.mark.parametrize("script, name, arguments", [
+    (train, "scenes.pt", []), (train_evaluator, "evaluator.pth", []),
+    (train_evaluator, "judge.pth", ["--network", "encoder", "--optimizer", "adamw", "--epochs", "130", "--seed", "1"]),
+    (train_evaluator, "noisy.pth", ["--network", "encoder", "--optimizer", "adamw", "--epochs", "130", "--noisy"])])
+def test_the_shipped_networks_have_the_settings_of_the_printed_commands(monkeypatch, script, name, arguments):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
+    wanted, path = training.recipe(script.parse_args()), ROOT / "p7_clevr/checkpoints" / name
+    shipped = load_checkpoint(path, "p7_clevr" if script is train else "p7_clevr_evaluator", ["recipe", "metrics"])
+    free = {"sample_every"}  # when a picture is drawn changes no weight
+    assert {key: wanted[key] for key in shipped["recipe"].keys() - free} == {
+        key: value for key, value in shipped["recipe"].items() if key not in free}
+    lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    assert lines[-1] == shipped["metrics"][-1] and lines[-1]["epoch"] == shipped["recipe"]["epochs"]
+    if script is train_evaluator:
+        assert " ".join(arguments) in script.__doc__
+
+
+def test_the_shipped_setting_is_the_one_that_the_rule_picks():
+    """The rule that the report's appendix tells."""
+    folder = ROOT / "p7_clevr/checkpoints"
+    rows = p7.read_results(folder / "results.csv", folder / "scenes.pt").query("table in ['guidance', 'steps']")
+    best = rows[rows.accuracy == rows.accuracy.max()]
+    best = best[best.steps.astype(int) == best.steps.astype(int).min()].drop_duplicates(studies.FLAGS)
+    assert best[list(Sampling._fields)].to_dict("records") == [
+        studies.as_text(inference.SHIPPED._asdict(), Sampling._fields)]
+
+
+@pytest.fixture
+def chapter(tmp_path, graders, evaluator_file):
+    """The folder of p7_clevr/checkpoints with a tiny network, made-up records and the graders of the tests."""
+    folder = tmp_path / "chapters/p7_clevr/checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    save_checkpoint(folder / "scenes.pt", kind="p7_clevr", ema=randomised(SceneUNet(**TINY)).state_dict(),
+                    recipe=dict(label_drop=0.1, epochs=4, batch_size=64, lr=0.001, muon_lr=0.02, warmup=9, ema=0.999),
+                    config=dict(network=TINY, schedule=dict(name="cosine", timesteps=1000, shift=3.0)), metrics=[])
+    for name in "evaluator", "judge", "noisy":
+        source = evaluator_file if name == "evaluator" else graders / f"{name}.pth"
+        (folder / f"{name}.pth").write_bytes(source.read_bytes())
+    lines = [dict(step=100 * i, epoch=i, loss=1 / i, loss_eps=0.5 / i, loss_quarters=[1 / i] * 4, accuracy=0.8,
+                  seconds=60.0) for i in (1, 2, 4)]
+    for name in "scenes", "evaluator", "judge", "noisy":
+        training.write_jsonl(folder / f"{name}.jsonl", lines)
+    rng = np.random.default_rng(0)
+    studies.pd.DataFrame(
+        [dict(table=table, checkpoint=studies.digest_of(folder / "scenes.pt"), condition="tokens", epochs=4,
+              **studies.as_text({**studies.DEFAULTS, **changes}, studies.FLAGS), **dict.fromkeys(studies.MEASURES, 0.5))
+         | dict(accuracy=rng.uniform(0.5, 1)) for table, rows in studies.TABLES.items() if table != "conditioning"
+         for changes in rows]).to_csv(folder / "results.csv", index=False)
+    return folder
+
+
+def test_the_report_shows_every_figure_and_the_numbers_of_the_records(chapter, tmp_path, monkeypatch):
+    argv = ["build.py", "--quick", "--assignment", "nycu2024_lab6", "--device", "cpu", "--chapters",
+            str(tmp_path / "chapters"), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    build.main()
+    named = re.findall(r'drawing\("(\w+)"', (ROOT / "report/p7.typ").read_text())
+    assert sorted(named) == sorted(path.stem for path in (tmp_path / "report/build").glob("*.svg"))
+    pdf = (tmp_path / "assignments/nycu2024_lab6/report.pdf").read_bytes()
+    assert pdf.rstrip().endswith(b"%%EOF") and 5 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 12
+    numbers = json.loads((tmp_path / "report/build/p7.json").read_text())
+    rows = studies.pd.read_csv(chapter / "results.csv").query("table == 'seeds' and sets == 'test'")
+    [test] = [row for row in numbers["tables"]["seeds"] if row["sets"] == "test"]
+    assert test["accuracy"] == pytest.approx(rows.accuracy.mean()) and test["seeds"] == len(rows) == 5
+    assert (numbers["steps"], numbers["minutes"]["judge"], numbers["loss"]) == (400, 3, 0.25)
+    assert [(level["way"], level["side"]) for level in numbers["levels"]] == [
+        ("down", 8), ("down", 4), ("up", 4), ("up", 8)]
+    rows = studies.pd.read_csv(chapter / "results.csv").query("table != 'classifier'")
+    rows.to_csv(chapter / "results.csv", index=False)
+    with pytest.raises(UserError, match="lacks classifier for"):
+        build.main()
+
+
+def test_what_the_evaluator_misses_is_named(evaluator_file):
+    evaluator = Evaluator(evaluator_file)
+    images = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    order = evaluator.scores(inference.as_input(images)).argsort(dim=1, descending=True)
+    first, second, last = ([scenes.OBJECTS[row[place]] for row in order] for place in (0, 1, 23))
+    assert p7.missed(evaluator, images, list(map(list, zip(last, first)))) == [{name} for name in last]
+    assert p7.missed(evaluator, images, list(map(list, zip(second, first)))) == [set()] * 3

@@ -14,7 +14,8 @@ from PIL import Image
 from dataset import load_split
 from files import save_checkpoint
 from p1_ddpm import studies as p1_studies
-from p1_ddpm.inference import Sampling
+from p1_ddpm.diffusion import noise_schedule
+from p1_ddpm.inference import SHIPPED
 from p1_ddpm.model import UNet as DigitUNet
 from p3_dann import studies as p3_studies
 from p3_dann.methods import predicted_domain
@@ -45,22 +46,31 @@ def call(monkeypatch, module, *argv):
 # --- What the chapters leave, with random networks and made-up results --------------------------
 
 def make_p1(folder):
-    """ddpm.pt with few timesteps, and beside it the records of its training and its studies."""
+    """Both networks with few timesteps, and beside them the records of their trainings and studies."""
     folder.mkdir(parents=True)
     config = dict(channels=[8, 16])
+    recipe = dict(batch_size=64, lr=0.001, weight_decay=0.01, warmup=500, ema=0.999, label_drop=0.1)
     metrics = [dict(epoch=i, loss=1 / i, loss_quarters=[1 / i, 0.5, 0.4, 0.3], lr=1e-3, seconds=60.0)
                for i in (1, 2, 3, 4)]
     save_checkpoint(folder / "ddpm.pt", kind="p1_ddpm", metrics=metrics[-1:],
                     config=dict(network=config, schedule=dict(name="cosine", timesteps=TIMESTEPS)),
-                    recipe=dict(batch_size=64, lr=0.001, weight_decay=0.01, warmup=500, ema=0.999, label_drop=0.1),
-                    ema=random_weights(DigitUNet(**config), 0).state_dict())
+                    recipe=recipe, ema=random_weights(DigitUNet(**config), 0).state_dict())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    both = dict(network=dict(config, num_classes=20), schedule=dict(name="cosine", timesteps=TIMESTEPS),
+                domains=["mnistm", "svhn"])
+    save_checkpoint(folder / "mnistm_svhn.pt", kind="p1_ddpm", config=both, metrics=metrics[-1:],
+                    recipe=dict(recipe, epochs=4, muon_lr=0.02, dropout=0.1),
+                    ema=random_weights(DigitUNet(**both["network"]), 0).state_dict())
+    (folder / "mnistm_svhn.jsonl").write_text("".join(
+        json.dumps(dict(line, step=9 * line["epoch"], val_loss_mnistm=0.2, val_loss_svhn=0.1)) + "\n"
+        for line in metrics))
     rng = np.random.default_rng(0)
     measures = dict(accuracy=(90, 100), worst_digit=(80, 90), panel=(90, 100), panel_least=(80, 90), frechet=(5, 50),
                     frechet_ratio=(1, 10), diversity=(0.8, 1.2), seconds=(10, 50))
     pd.DataFrame([dict(table=table, domain="mnistm", checkpoint=p1_studies.digest_of(folder / "ddpm.pt"), epochs=4,
                        **p1_studies.as_text(setting), **{name: rng.uniform(*ends) for name, ends in measures.items()})
-                  for table in p1_studies.TABLES for setting in p1_studies.settings(table, TIMESTEPS)]
+                  for table in p1_studies.TABLES if table != "domains"
+                  for setting in p1_studies.settings(table, TIMESTEPS)]
                  ).to_csv(folder / "results.csv", index=False)
 
 
@@ -115,21 +125,24 @@ def chapters(tmp_path_factory, data_dir):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, data_dir, chapters):
-    """The folder into which a --quick build of the whole report has written."""
+    """The folder into which a --quick build of 2023's report has written, and of 2024's problem 1."""
     folder = tmp_path_factory.mktemp("the report")
     with pytest.MonkeyPatch.context() as patch:
-        call(patch, build, "--quick", "--student_id", "r12345678", "--data_dir", data_dir, "--chapters", chapters,
-             "--unet", chapters / "p2_ddim/checkpoints/face64.pt", "--noise", chapters / "noise",
-             "--gt", chapters / "truth", "--device", "cpu", "--output_dir", folder)
+        for assignment, *part in ("dlcv2023_hw2",), ("dlcv2024_hw2", "--only", "p1_domains"):
+            call(patch, build, "--assignment", assignment, *part, "--quick", "--student_id", "r12345678",
+                 "--data_dir", data_dir, "--chapters", chapters, "--noise", chapters / "noise",
+                 "--unet", chapters / "p2_ddim/checkpoints/face64.pt", "--gt", chapters / "truth", "--device", "cpu",
+                 "--output_dir", folder)
     return folder
 
 
 # --- The report ---------------------------------------------------------------------------------
 
 def test_every_figure_of_the_text_is_made_and_every_one_made_is_shown(report):
-    named = re.findall(r'drawing\("(\w+)"', "".join(path.read_text() for path in ROOT.glob("report/p?.typ")))
+    texts = [ROOT / f"report/{part}.typ" for part in ("p1", "p1_domains", "p2", "p3")]
+    named = re.findall(r'drawing\("(\w+)"', "".join(path.read_text() for path in texts))
     made = [path.stem for path in (report / "report/build").glob("*.svg")]
-    assert sorted(named) == sorted(made) and len(made) == 15
+    assert sorted(named) == sorted(made) and len(made) == 20
 
 
 def test_the_pdf_is_whole_and_light(report):
@@ -146,11 +159,14 @@ def test_the_strip_shows_all_three_problems(report):
 
 
 def test_numbers_are_those_of_the_records(report, chapters):
-    numbers = {part: json.loads((report / f"report/build/{part}.json").read_text()) for part in build.PARTS}
+    numbers = {part: json.loads((report / f"report/build/{part}.json").read_text())
+               for part in ("p1", "p1_domains", "p2", "p3")}
     assert numbers["p1"]["epochs"] == 4 and numbers["p1"]["minutes"] == 4 and numbers["p1"]["loss"] == 0.25
     rows = pd.read_csv(chapters / "p1_ddpm/checkpoints/results.csv")
     assert numbers["p1"]["seeds"][0]["accuracy"] == pytest.approx(rows[rows.table == "seeds"].accuracy.mean())
-    assert numbers["p1"]["pooled"][0]["seeds"] == 13  # 0 to 9 and 11 to 13, each once
+    assert numbers["p1"]["seeds"][0]["seeds"] == 1
+    assert {row["seeds"] for row in numbers["p1"]["candidates"]} == {3}
+    assert numbers["p1_domains"]["seconds"] == 240 and set(numbers["p1_domains"]["quality"]) == {"mnistm", "svhn"}
     assert numbers["p2"]["recipe"]["epochs"] == 7 and not numbers["p2"]["course"]
     assert list(numbers["p2"]["errors"]) == ["02.png"] and numbers["p2"]["errors"]["02.png"] > 100
     assert numbers["p2"]["drift"][0] == 0 < numbers["p2"]["drift"][1]
@@ -173,8 +189,8 @@ class Convolution(torch.nn.Conv2d):
 
 def build_p2(patch, chapters, output_dir, *flags):
     patch.setattr(p2, "load_model", lambda path, device: Convolution())
-    call(patch, build, "--quick", "--only", "p2", "--noise", chapters / "noise", "--output_dir", output_dir,
-         "--device", "cpu", *flags)
+    call(patch, build, "--quick", "--assignment", "dlcv2023_hw2", "--only", "p2", "--noise",
+         chapters / "noise", "--output_dir", output_dir, "--device", "cpu", *flags)
 
 
 def test_one_part_alone_leaves_the_others(report, chapters, monkeypatch):
@@ -197,6 +213,7 @@ def test_one_part_where_the_others_were_never_made(tmp_path, chapters, monkeypat
     (["--only", "p1", "--chapters", "nowhere"], "there is no nowhere/p1_ddpm/checkpoints/metrics.jsonl"),
     (["--only", "p3", "--chapters", "nowhere"], "there is no nowhere/p3_dann/checkpoints/results.csv"),
     (["--only", "p2", "--unet", "UNet.pt"], "--unet and --noise belong together"),
+    (["--only", "p7", "--assignment", "dlcv2023_hw2"], "--only p7 is in no report of dlcv2023_hw2"),
     (["--student_id", "../x"], "letters and digits")])
 def test_mistakes_are_told(tmp_path, monkeypatch, capsys, flags, message):
     with pytest.raises((UserError, SystemExit)) as error:
@@ -228,14 +245,15 @@ def test_drawing_of_the_architecture_follows_the_module():
 def test_the_reverse_process_ends_at_the_first_digit_of_the_grid(chapters):
     model, alphas_cumprod = p1.load_model(chapters / "p1_ddpm/checkpoints/ddpm.pt")
     grid, states = p1.digits_of_same_noise(model, alphas_cumprod, torch.device("cpu"))
-    assert torch.equal(states[0], grid[0]) and list(states)[0] == TIMESTEPS and len(states) == Sampling().steps + 1
-    [(_, images, _)] = p1.generate(model, alphas_cumprod, [(0, 1)], Sampling(), 0, torch.device("cpu"))
+    assert torch.equal(states[0], grid) and list(states)[0] == TIMESTEPS and len(states) == SHIPPED.steps + 1
+    [(_, images, _)] = p1.generate(model, alphas_cumprod, [(0, 1)], SHIPPED, 0, torch.device("cpu"))
     assert (grid[0].int() - images[0].int()).abs().max() <= 1  # 0_001.png, but for the batch's rounding
 
 
 def test_results_of_another_checkpoint_are_not_taken(tmp_path, chapters):
     (tmp_path / "other.pt").write_bytes(b"other")
-    with pytest.raises(UserError, match="lacks choice, confirm, guidance, interval, seeds, spacing, steps for"):
+    with pytest.raises(UserError, match="lacks candidates, choice, ddim, guidance, interval, seeds, "
+                                        "shipped, spacing, steps for"):
         p1.read_results(chapters / "p1_ddpm/checkpoints/results.csv", tmp_path / "other.pt", TIMESTEPS)
 
 
@@ -254,14 +272,15 @@ def test_results_with_the_shipped_setting_are_taken(tmp_path, chapters):
 def test_the_shipped_setting_is_the_one_that_the_rule_picks():
     """The rule that the report's appendix tells."""
     checkpoint = ROOT / "p1_ddpm/checkpoints/ddpm.pt"
+    alphas_cumprod = noise_schedule("cosine")
     rows = p1.read_results(checkpoint.parent / "results.csv", checkpoint, 1000)
     flags = ["sampler", "steps", "guidance", "interval"]
-    good = rows[rows.table == "choice"].groupby(flags).filter(  # on every seed
-        lambda seeds: seeds.accuracy.min() >= 99.8 and seeds.worst_digit.min() >= 99)
-    confirmed = p1_studies.means(rows[rows.table == "confirm"]).set_index(flags).accuracy.round(2)
-    by_ratio = [tuple(row) for row in p1_studies.means(good).sort_values("frechet_ratio")[flags].values]
-    shipped = p1_studies.as_text(p1_studies.DEFAULTS)
-    assert next(setting for setting in by_ratio if confirmed[setting] >= 99.8) == tuple(shipped[flag] for flag in flags)
+    shipped = tuple(p1_studies.as_text(p1_studies.DEFAULTS)[flag] for flag in flags)
+    candidates = p1_studies.means(rows[rows.table == "candidates"]).sort_values("frechet_ratio")
+    cheap = candidates[[p1.passes(row, alphas_cumprod) <= 16 for row in candidates.to_dict("records")]]
+    choice = rows[(rows.table == "choice") & (rows.per_class == "50")]
+    assert {tuple(cheap.iloc[0][flags])} < set(map(tuple, choice[flags].values))  # it, and one of stronger guidance
+    assert choice.groupby(flags).panel.mean().idxmax() == shipped
 
 
 # --- Problem 3 ----------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def parse_args():
     parser.add_argument("--clip_judges", action="store_true", help="the tiny CLIP judges instead")
     parser.add_argument("--count", type=int_at_least(1), default=100, help="generated pictures in a row")
     parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
-    parser.add_argument("--guidance", type=float_between(1), default=7.5, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--guidance", type=float_between(1), default=2.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file that gets all rows")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser.parse_args()
