@@ -80,7 +80,7 @@ def test_the_report_on_faces_is_whole(chapters, faces, tmp_path, monkeypatch):
          faces, "--attributes", faces.parent / "list.txt", "--device", "cpu", "--output_dir", tmp_path)
     call(monkeypatch, "--quick", "--assignment", "dlcv2020_hw3", "--only", "p5", "--chapters", chapters, "--device",
          "cpu", "--output_dir", tmp_path)
-    pdf = (tmp_path / "assignments/dlcv2020_hw3/report.pdf").read_bytes()
+    pdf = (tmp_path / "assignments/dlcv2020_hw3/report_p4_p5.pdf").read_bytes()
     assert pdf.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 4
     text = "".join((ROOT / f"report/{part}.typ").read_text() for part in ("p4", "p5"))
     named = {name for name in re.findall(r'drawing\("(\w+)"|/(p4_\w+)\.svg', text) for name in name if name}
