@@ -823,7 +823,7 @@ def test_committed_checkpoints():
         for image, digit in zip(images, digits.images):
             image[4:24, 4:24] = Image.fromarray((digit * 15.9).astype(np.uint8)).resize((20, 20), Image.BICUBIC)
         answers = predict(model, torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1)).argmax(dim=1)
-        assert (answers.numpy() == digits.target[:200]).mean() > 0.7  # SVHN to MNIST-M is hard
+        assert (answers.numpy() == digits.target[:200]).mean() > (0.7 if name == "svhn_mnistm_adamatch" else 0.8)
 
 
 # --- Choice without labels ----------------------------------------------------------------------

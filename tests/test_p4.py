@@ -129,13 +129,18 @@ def face_like(count, seed=0):
     return (torch.einsum("nk,kchw->nchw", weights, patterns) * 255).to(torch.uint8)
 
 
-@torch.no_grad()
-def test_a_network_starts_as_probabilistic_pca():
+def fitted():
+    """(a small VAE that starts from the eigenfaces of face-like images, these images in [0, 1])."""
     torch.manual_seed(0)
     images = face_like(200)
     model = VAE(5, 2)
     model.set_eigenfaces(images)
-    x = images.float() / 255
+    return model, images.float() / 255
+
+
+@torch.no_grad()
+def test_a_network_starts_as_probabilistic_pca():
+    model, x = fitted()
     mean, log_variance = model.encode(x)
     torch.testing.assert_close(mean.mean(dim=0), torch.zeros(5), rtol=0, atol=1e-3)
     torch.testing.assert_close(mean.T @ mean / len(x), torch.eye(5), rtol=0, atol=1e-2)  # N - 1 or N, and rounding
@@ -151,11 +156,7 @@ def test_a_network_starts_as_probabilistic_pca():
 @torch.no_grad()
 def test_bfloat16_moves_a_mean_by_less_than_its_posteriors_deviation():
     """The surest latents' deviations are a few thousandths, and bfloat16 has eight bits."""
-    torch.manual_seed(0)
-    images = face_like(200)
-    model = VAE(5, 2)
-    model.set_eigenfaces(images)
-    x = images.float() / 255
+    model, x = fitted()
     mean, log_variance = model.encode(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low, _ = model.encode(x)
