@@ -67,25 +67,20 @@ class UNet(nn.Module):
     """v(x_t, t, y) on maps of patches at two resolutions, the lower one half as fine and with attention.
 
     channels: widths of the two resolutions, multiples of 8. blocks: residual blocks per resolution and way.
-    condition: what y is. "class": one of num_classes labels, int64 (B,), or num_classes itself for "no label";
-    "set": any of them together, float (B, num_classes) of zeros and ones, all zeros for "no label".
+    y: one of num_classes labels, int64 (B,), or num_classes itself for "no label".
     image_size: side of the images, a multiple of 2 patch. ValueError when one of these does not fit.
     """
 
-    def __init__(self, channels, blocks=1, dropout=0.0, num_classes=10, condition="class", patch=2, image_channels=3,
-                 image_size=28):
+    def __init__(self, channels, blocks=1, dropout=0.0, num_classes=10, patch=2, image_channels=3, image_size=28):
         super().__init__()
         high, low = channels
         if image_size % (2 * patch):
             raise ValueError(f"images of side {image_size} do not halve into patches of {patch} at two resolutions")
-        if condition not in ("class", "set"):
-            raise ValueError(f"unknown kind of condition {condition!r}")
-        self.num_classes, self.condition, self.patch = num_classes, condition, patch
+        self.num_classes, self.patch = num_classes, patch
         self.image_shape = (image_channels, image_size, image_size)
         self.width, embedding = high, 4 * high
         self.time = nn.Sequential(nn.Linear(high, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        self.label = (nn.Embedding(num_classes + 1, embedding) if condition == "class"
-                      else nn.Linear(num_classes, embedding, bias=False))
+        self.label = nn.Embedding(num_classes + 1, embedding)
 
         def residual(in_channels, out_channels):
             return ResidualBlock(in_channels, out_channels, embedding, dropout)
@@ -102,13 +97,13 @@ class UNet(nn.Module):
         self.last = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, depth, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
 
-    def null(self, condition):
-        """The condition of the same shape that says "no label" (classifier-free guidance, Ho & Salimans 2022)."""
-        return torch.full_like(condition, self.num_classes if self.condition == "class" else 0)
+    def null(self, y):
+        """As many labels "no label" (classifier-free guidance, Ho & Salimans 2022)."""
+        return torch.full_like(y, self.num_classes)
 
-    def forward(self, x, t, condition):
-        """v, float32, for noisy images x (B, C, H, W) at timesteps t (B,) in 1 ... T under their conditions."""
-        embedding = F.silu(self.time(timestep_embedding(t, self.width)) + self.label(condition))
+    def forward(self, x, t, y):
+        """v, float32, for noisy images x (B, C, H, W) at timesteps t (B,) in 1 ... T under their labels."""
+        embedding = F.silu(self.time(timestep_embedding(t, self.width)) + self.label(y))
         h = self.first(F.pixel_unshuffle(x, self.patch))
         skips = []
         for block in self.down_high:
@@ -136,7 +131,9 @@ def load_model(path, device="cpu", weights="ema"):
     """
     checkpoint = load_checkpoint(path, "p1_ddpm", ["config", weights])
     try:
-        model = UNet(**checkpoint["config"]["network"])
+        network = dict(checkpoint["config"]["network"])
+        network.pop("condition", None)  # "class" in checkpoints of the time when there was another kind
+        model = UNet(**network)
         alphas_cumprod = noise_schedule(**checkpoint["config"]["schedule"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint {path} does not describe a network and a schedule ({error}); fetch it again")

@@ -23,6 +23,11 @@ from p6_personalize.prompts import IMAGES, read_requests
 CONCEPTS = ROOT / "p6_personalize/tiny/concepts"
 
 
+def read_references(folder):
+    """The pictures in a folder by their names, PIL in RGB; UserError when there are none, or one cannot be read."""
+    return [read_rgb(folder / name) for name in list_images(folder)]
+
+
 def scores(clip, images, references, text):
     """(image scores, text scores), float (N,) each, of N PIL images for a list of PIL references and a text."""
     vectors = clip.images(images)
@@ -71,8 +76,7 @@ def main():
                             "by which to score")
     answers = {(request.key, number): read_answers(args.output_dir, request, number)
                for request in requests for number in range(len(request.prompts))}
-    references = {request.key: [read_rgb(args.data_dir / request.key / name)
-                                for name in list_images(args.data_dir / request.key)] for request in requests}
+    references = {request.key: read_references(args.data_dir / request.key) for request in requests}
     clip = Clip(args.clip, pick_device(args.device))
     passed = 0
     for request in requests:

@@ -8,7 +8,6 @@ once, so that one prompt may name several. The noise of an image depends on --se
 run that was interrupted goes on where it stopped; images of other settings are replaced.
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -21,7 +20,7 @@ from utils import UserError, amp_dtype, argument_parser, float_between, int_at_l
 
 from tqdm import tqdm
 
-from files import make_output_dir, save_png, write_atomic
+from files import digest_of, make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import file_name, folder_of
 from p6_personalize.model import HERE, PIPELINE, add_embeds, default_guidance, generate, load_pipeline, read_embeds
 from p6_personalize.prompts import IMAGES, read_requests
@@ -71,21 +70,14 @@ def noise_number(place, number, n):
     return 1_000_000 * place + 1000 * number + n
 
 
-def digest(path):
-    """SHA-256 of a file; of a large one it takes some seconds."""
-    with open(path, "rb") as file:
-        content = hashlib.sha256()
-        while block := file.read(2**20):
-            content.update(block)
-    return content.hexdigest()
-
-
 def settings_of(args, requests):
     """What decides how the images look, as a dict of plain types: settings.json."""
-    weights = [args.checkpoint] if args.checkpoint.is_file() else sorted(args.checkpoint.glob("*/*.safetensors"))
+    weights = [args.checkpoint] if args.checkpoint.is_file() else sorted(
+        path for ending in ("safetensors", "bin") for path in args.checkpoint.glob(f"*/*.{ending}"))
     return dict(prompts=[request.prompts for request in requests],
-                checkpoint=[digest(path) for path in weights] or str(args.checkpoint),  # or a name on the hub
-                embeds=[digest(path) for path in args.embeds], steps=args.steps, guidance=args.guidance, seed=args.seed)
+                checkpoint=[digest_of(path) for path in weights] or str(args.checkpoint),  # or a name on the hub
+                embeds=[digest_of(path) for path in args.embeds],
+                steps=args.steps, guidance=args.guidance, seed=args.seed)
 
 
 def open_folder(output_dir, settings, requests):

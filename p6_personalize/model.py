@@ -43,8 +43,7 @@ def require_libraries():
 def _loaded(function, path, what, **arguments):
     """function(path) of a library; UserError where it fails, as it does in many ways, on what is not on this disk."""
     if path in (PIPELINE, CLIP) and not path.exists():
-        raise UserError(f"there is no {path}, for its training is not done: run p6_personalize/tiny/train.py, or name "
-                        "another model's folder")
+        raise UserError(f"there is no {path}; 'bash hw2_download.sh' tells where it comes from, or name another folder")
     try:
         return function(str(path), local_files_only=True, **arguments)
     except Exception as error:
@@ -257,12 +256,12 @@ def add_embeds(pipe, path):
 
 # --- Sampling -----------------------------------------------------------------------------------
 
-@torch.no_grad()
 def default_guidance(checkpoint):
     """The strength of guidance for a pipeline: that of Stable Diffusion, or what suits the tiny one."""
-    return 2.0 if checkpoint == PIPELINE else 7.5
+    return 2.0 if checkpoint.resolve() == PIPELINE.resolve() else 7.5
 
 
+@torch.no_grad()
 def generate(pipe, jobs, seed, steps, guidance, batch_size=8):
     """Yields (jobs, images) batch by batch for a list of (number, prompt); images: uint8 (B, 3, H, W) on the CPU.
 

@@ -27,9 +27,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import training
-from dataset import list_images, read_rgb
 from files import make_output_dir, save_png, write_atomic
-from p6_personalize.evaluate import best_five, scores
+from p6_personalize.evaluate import best_five, read_references, scores
 from p6_personalize.inversion import add_token, diffusion_loss, encode, random_square, save_embeds, token_ids
 from p6_personalize.model import CLIP, PIPELINE, Clip, default_guidance, generate, load_pipeline
 from p6_personalize.prompts import TEMPLATES
@@ -71,7 +70,7 @@ def main():
         raise UserError("--choose judges images of a --validation_prompt; give one")
     args.checkpoint, args.choose = (path.resolve() if path and path.exists() else path  # as --resume compares them
                                     for path in (args.checkpoint, args.choose))
-    references = [read_rgb(args.data_dir / name) for name in list_images(args.data_dir)]
+    references = read_references(args.data_dir)
     process, saved = training.start(args, "p6_personalize")
     if process.count > 1:
         raise UserError("textual inversion trains in one process; start it without torchrun")

@@ -22,9 +22,9 @@ from utils import argument_parser, nonempty_path, pick_device, run
 import pandas as pd
 import torch
 
-from files import check_output_file, load_checkpoint, write_atomic
+from files import check_output_file, digest_of, load_checkpoint, write_atomic
 from p1_ddpm.inference import Sampling, sampling_of
-from p1_ddpm.studies import as_text, digest_of, markdown
+from p1_ddpm.studies import as_text, markdown
 from p7_clevr.evaluate import Judge
 from p7_clevr.evaluator import CHECKPOINTS
 from p7_clevr.inference import add_scene_arguments, generate, load_guide

@@ -4,7 +4,6 @@ from files import load_torch, save_png
 from plots import BLUE, TEXT_WIDTH, VERMILION, image_grid, plt, points_with_bars, save
 from utils import UserError
 
-import numpy as np
 import torch
 from torchvision.utils import make_grid
 
@@ -40,8 +39,9 @@ def drift(grid, columns):
 
 def errors_of_steps(model, noises, **study):
     """(steps, mean, standard deviation) of steps_table's errors over the noises."""
-    tables = np.array([steps_table(model, noise, **study) for noise in noises])
-    return tables[0, :, 0].astype(int).tolist(), tables[..., 1].mean(axis=0), tables[..., 1].std(axis=0, ddof=1)
+    steps, errors = zip(*steps_table(model, noises, **study))
+    errors = torch.stack(errors).cpu().numpy()
+    return list(steps), errors.mean(axis=1), errors.std(axis=1, ddof=1)
 
 
 def steps_figure(path, curves):

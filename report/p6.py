@@ -2,7 +2,6 @@
 
 import json
 
-from dataset import list_images, read_rgb
 from plots import BLUE, VERMILION, TEXT_WIDTH, image_grid, plt, save
 from utils import amp_dtype
 
@@ -10,7 +9,7 @@ import pandas as pd
 import torch
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from p6_personalize.evaluate import CONCEPTS, best_five, scores
+from p6_personalize.evaluate import CONCEPTS, best_five, read_references, scores
 from p6_personalize.inference import noise_number
 from p6_personalize.model import PIPELINE, Clip, add_embeds, default_guidance, generate, load_pipeline
 from p6_personalize.prompts import IMAGES, read_requests
@@ -60,8 +59,7 @@ def build(folder, checkpoints, scenes_dir, device, quick):
         return torch.cat([images for _, images in batches])
 
     requests, shown = read_requests(CONCEPTS / "input.json"), 8
-    references = {request.key: [read_rgb(CONCEPTS / request.key / name) for name in list_images(CONCEPTS / request.key)]
-                  for request in requests}
+    references = {request.key: read_references(CONCEPTS / request.key) for request in requests}
     image_grid(folder / "p6_concepts.svg", torch.stack([pil_to_tensor(x) for row in references.values() for x in row]),
                5, row_names=[request.token for request in requests], width=2.6)
     before = {"a sphere": "a photo of a sphere", f"a {UNSEEN_OBJECT}": caption([UNSEEN_OBJECT]),

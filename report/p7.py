@@ -8,9 +8,9 @@ from utils import UserError
 import pandas as pd
 import torch
 
-from files import load_checkpoint
+from files import digest_of, load_checkpoint
 from p1_ddpm.inference import visited_timesteps
-from p1_ddpm.studies import digest_of, means
+from p1_ddpm.studies import means
 from p7_clevr.evaluator import Evaluator
 from p7_clevr.inference import SHIPPED, STRIP, generate, load_guide, number_scenes, strip_timesteps
 from p7_clevr.model import Level, load_model

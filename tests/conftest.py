@@ -1,5 +1,5 @@
-"""Makes the repository's modules importable from any current directory, keeps figures off the screen, and makes a
-data set of random digits for the tests that need all three domains."""
+"""Makes the repository's modules importable from any current directory, keeps figures off the screen, runs scripts, and
+makes a data set of random digits for the tests that need all three domains."""
 
 import os
 import socket
@@ -17,6 +17,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+
+
+def call(script, *arguments):
+    """The main() of a script's module with these arguments, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        script.main()
 
 
 @pytest.fixture(scope="module")

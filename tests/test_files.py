@@ -1,6 +1,7 @@
 """files.py: writing whole or not at all, links and streams, checkpoints of ours and of others."""
 
 import collections
+import hashlib
 import os
 import threading
 
@@ -100,6 +101,12 @@ def test_output_paths(tmp_path):
         files.check_output_file(tmp_path)
     files.check_output_file(tmp_path / "new" / "pred.csv")
     assert (tmp_path / "new").is_dir()
+
+
+def test_a_digest_is_the_start_of_the_whole_files_sha256(tmp_path):
+    content = bytes(range(256)) * 4097  # more than is read at once
+    (tmp_path / "file").write_bytes(content)
+    assert files.digest_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()[:8]
 
 
 # --- Checkpoints --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from PIL import Image
 
 import faces
 import training
+from conftest import call
 from faces import face_source, read_attributes, read_faces, split_faces
 from p4_vae import evaluate, inference, studies, train
 from p4_vae.elbo import D, automatic_beta, kl_divergence, squared_errors
@@ -238,22 +239,15 @@ def data(tmp_path_factory):
 
 
 def tiny(data, output_dir, *more):
-    flags = ["--data_dir", data, "--output_dir", output_dir, "--attributes", data.parent / "list.txt", "--latents", 4,
-             "--channels", 2, "--epochs", 2, "--batch_size", 8, "--warmup", 2, "--save_every", 2, "--device", "cpu",
-             "--amp", "off"]
-    return list(map(str, [*flags, *more]))
-
-
-def call(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-    module.main()
+    return ["--data_dir", data, "--output_dir", output_dir, "--attributes", data.parent / "list.txt", "--latents", 4,
+            "--channels", 2, "--epochs", 2, "--batch_size", 8, "--warmup", 2, "--save_every", 2, "--device", "cpu",
+            "--amp", "off", *more]
 
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        call(train, patch, *tiny(data, folder))
+    call(train, *tiny(data, folder))
     return folder
 
 
@@ -263,10 +257,10 @@ def test_training_resumes_bit_for_bit(data, trained, tmp_path, monkeypatch):
     save = training.save_training
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "save_training", lambda *a, **k: (save if a[2] == 1 else interrupt)(*a, **k))
-        call(train, patch, *tiny(data, tmp_path / "out"))
+        call(train, *tiny(data, tmp_path / "out"))
     with pytest.raises(UserError, match="same flags"):
-        call(train, monkeypatch, *tiny(data, tmp_path / "out", "--resume", "--beta", "1e-5"))
-    call(train, monkeypatch, *tiny(data, tmp_path / "out", "--resume"))
+        call(train, *tiny(data, tmp_path / "out", "--resume", "--beta", "1e-5"))
+    call(train, *tiny(data, tmp_path / "out", "--resume"))
     whole, parts = (torch.load(folder / "last.pt", weights_only=True) for folder in (trained, tmp_path / "out"))
     assert whole["step"] == parts["step"] == 4
     for part in ("model", "ema"):
@@ -278,20 +272,20 @@ def test_training_resumes_bit_for_bit(data, trained, tmp_path, monkeypatch):
     assert all(line["sigma2"] == pytest.approx(line["mse"], rel=0.01) for line in lines)
 
 
-def test_a_fixed_beta_and_a_dry_run(data, tmp_path, monkeypatch, capsys):
-    call(train, monkeypatch, *tiny(data, tmp_path / "out", "--beta", "1e-5", "--epochs", 1))
+def test_a_fixed_beta_and_a_dry_run(data, tmp_path, capsys):
+    call(train, *tiny(data, tmp_path / "out", "--beta", "1e-5", "--epochs", 1))
     line = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     assert line["sigma2"] == pytest.approx(0.0614, rel=0.01)  # the course's weight: a variance of 1e-5 D / 2
-    call(train, monkeypatch, *tiny(data, tmp_path / "dry", "--dry_run"))
+    call(train, *tiny(data, tmp_path / "dry", "--dry_run"))
     assert "dry run: two steps" in capsys.readouterr().out and not (tmp_path / "dry").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--data_dir", "nowhere"], "neither a folder nor a zip"), (["--latents", 20], "need more than 20 training faces"),
     (["--attributes", "nowhere"], "cannot read the attributes"), (["--batch_size", 21], "larger than the 20")])
-def test_bad_training_flags_get_a_sentence(data, tmp_path, monkeypatch, flags, message):
+def test_bad_training_flags_get_a_sentence(data, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        call(train, monkeypatch, *tiny(data, tmp_path / "out", *flags))
+        call(train, *tiny(data, tmp_path / "out", *flags))
 
 
 def test_checkpoint_holds_the_average_and_what_it_belongs_to(trained):
@@ -302,11 +296,10 @@ def test_checkpoint_holds_the_average_and_what_it_belongs_to(trained):
     assert torch.equal(model.basis, ema["basis"]) and latents["attributes"].keys() == {"Smiling", "Male"}
 
 
-def test_same_seed_same_bytes_and_a_face_is_its_own(trained, tmp_path, monkeypatch):
+def test_same_seed_same_bytes_and_a_face_is_its_own(trained, tmp_path):
     checkpoint = ("--checkpoint", trained / "model.pt", "--device", "cpu")
     for name, flags in {"a": [], "b": [], "c": ["--seed", 1], "d": ["--prior", "fitted"]}.items():
-        call(inference, monkeypatch, tmp_path / name, "--count", 6, "--grid", tmp_path / f"new/{name}.png", *checkpoint,
-             *flags)
+        call(inference, tmp_path / name, "--count", 6, "--grid", tmp_path / f"new/{name}.png", *checkpoint, *flags)
     bytes_of = {name: [path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in "abcd"}
     assert len(bytes_of["a"]) == 6 and bytes_of["a"] == bytes_of["b"]
     assert (tmp_path / "new/a.png").read_bytes() == (tmp_path / "new/b.png").read_bytes()
@@ -317,16 +310,16 @@ def test_same_seed_same_bytes_and_a_face_is_its_own(trained, tmp_path, monkeypat
     assert np.abs(alone.astype(int) - together).max() <= 1
 
 
-def test_faces_are_reconstructed_changed_and_walked_between(data, trained, tmp_path, monkeypatch, capsys):
+def test_faces_are_reconstructed_changed_and_walked_between(data, trained, tmp_path, capsys):
     checkpoint = ("--checkpoint", trained / "model.pt", "--device", "cpu")
-    call(inference, monkeypatch, "--grid", tmp_path / "r.png", "--reconstruct", data, "--count", 3, "--attribute",
-         "Smiling", *checkpoint)
+    call(inference, "--grid", tmp_path / "r.png", "--reconstruct", data, "--count", 3, "--attribute", "Smiling",
+         *checkpoint)
     printed = capsys.readouterr().out
     assert printed.count("mse = ") == 3 and "face 008001: mse = 0." in printed
     picture = np.asarray(Image.open(tmp_path / "r.png"))
     assert picture.shape == (3 * 66 + 2, 3 * 66 + 2, 3)  # rows: faces, reconstructions, smiles
     assert np.array_equal(picture[2:66, 2:66], np.asarray(Image.open(data / "008001.png")))
-    call(inference, monkeypatch, tmp_path / "walk", "--walk", data, *checkpoint)
+    call(inference, tmp_path / "walk", "--walk", data, *checkpoint)
     model, _ = load_model(trained / "model.pt")
     images = read_faces([face_source(str(data))]).take([20, 21]).images
     (ends,), errors = inference.reconstruct(model, images)
@@ -337,15 +330,15 @@ def test_faces_are_reconstructed_changed_and_walked_between(data, trained, tmp_p
     torch.testing.assert_close(errors, expected, rtol=0.02, atol=1e-5)  # the images are rounded to grey levels
 
 
-def test_evaluation_prints_the_error_of_validation_faces(data, trained, monkeypatch, capsys):
+def test_evaluation_prints_the_error_of_validation_faces(data, trained, capsys):
     with pytest.raises(SystemExit) as end:
-        call(evaluate, monkeypatch, data, "--checkpoint", trained / "model.pt", "--device", "cpu")
+        call(evaluate, data, "--checkpoint", trained / "model.pt", "--device", "cpu")
     assert end.value.code == 0
     model, _ = load_model(trained / "model.pt")
     _, errors = inference.reconstruct(model, faces.test_faces([face_source(str(data))]).images)
     assert len(errors) == 4 and f"mse = {errors.mean():.4f} (4 faces; KL " in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
-        call(evaluate, monkeypatch, data, "--checkpoint", trained / "model.pt", "--baseline", "1e-9")
+        call(evaluate, data, "--checkpoint", trained / "model.pt", "--baseline", "1e-9")
     assert end.value.code == 1
 
 
@@ -368,8 +361,8 @@ def test_the_wrapper_writes_a_grid(trained, tmp_path):
     assert Image.open(tmp_path / "a dir/out.png").size == (8 * 66 + 2, 4 * 66 + 2)
 
 
-def test_a_grid_is_what_its_suffix_says(trained, tmp_path, monkeypatch):
-    call(inference, monkeypatch, "--grid", tmp_path / "a.JPG", "--checkpoint", trained / "model.pt", "--count", 9)
+def test_a_grid_is_what_its_suffix_says(trained, tmp_path):
+    call(inference, "--grid", tmp_path / "a.JPG", "--checkpoint", trained / "model.pt", "--count", 9)
     with Image.open(tmp_path / "a.JPG") as picture:
         assert picture.format == "JPEG" and picture.size == (8 * 66 + 2, 2 * 66 + 2)
 
@@ -390,5 +383,5 @@ def test_bad_inference_flags_get_a_sentence(data, trained, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     flags = [data if flag == "DATA" else flag for flag in flags]
     with pytest.raises(UserError, match=message):
-        call(inference, monkeypatch, "--checkpoint", trained / "model.pt", *flags)
+        call(inference, "--checkpoint", trained / "model.pt", *flags)
     assert not (tmp_path / "out").exists()

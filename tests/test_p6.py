@@ -3,6 +3,7 @@
 import errno
 import json
 import pickle
+import re
 import shutil
 import sys
 import types
@@ -17,11 +18,15 @@ import torch
 from PIL import Image
 
 import files
+import training
+from conftest import call
 from dataset import read_rgb
 from p6_personalize import evaluate, inference, inversion, model, prompts, train, zero_shot
 from p6_personalize.tiny import evaluate as tiny_evaluate
 from p6_personalize.tiny import scenes, tokenizer
 from p6_personalize.tiny import train as tiny_train
+from report import build
+from report import p6 as report
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ROOT / "p6_personalize/tiny/tokenizer"
@@ -94,13 +99,6 @@ def pictures(tmp_path_factory):
         pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
-
-
-def call(module, *words):
-    """module.main() with these words on its command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module.__name__, *map(str, words)])
-        module.main()
 
 
 @pytest.fixture(scope="module")
@@ -686,6 +684,8 @@ def test_the_tiny_world_trains_and_its_folders_load(world, tmp_path, monkeypatch
     assert table.groupby("table").size().to_dict() == dict(zero_shot=6, judge=2, prompts=2 + 5, concepts=7)
     assert table.objects.between(0, 100).all() and (table.pictures >= 1).all()
     assert table[table.row.str.contains("look")].look.notna().sum() == 5 + 3
+    call(tiny_evaluate, *evaluated, "--tables", "judge", "--checkpoint", "nowhere")  # which draws nothing
+    assert pd.read_csv(tmp_path / "results.csv").objects.tolist() == table[table.table == "judge"].objects.tolist()
     with pytest.raises(UserError, match="no picture of a purple sphere and a red cube"):
         call(tiny_evaluate, *evaluated, "--tables", "baselines")
 
@@ -700,3 +700,54 @@ def test_a_picture_counts_by_what_the_judge_sees(monkeypatch):
         {name[(int(image[0, 0, 0]) + i) % 24] for i in range(count)} for image in images], pictures, 1, 1)
     asked = [[name[0], name[1]], [name[3], name[5]], [name[7], name[8]], [name[0], name[23]]]
     assert studio.shown([""] * 4, asked) == dict(objects=62.5, all_objects=50.0, pictures=4)
+
+
+# --- The report ---------------------------------------------------------------------------------
+
+def test_the_report_shows_the_records_and_what_inference_draws(pipeline, clip, world, tmp_path):
+    folder = tmp_path / "chapters/p6_personalize/checkpoints"
+    shutil.copytree(clip, folder / "clip")
+    shutil.copytree(pipeline, folder / "pipeline")
+    torch.manual_seed(0)
+    for name, step in ("new1", 50), ("new2", 70):
+        inversion.save_embeds(folder / f"{name}.safetensors", f"<{name}>", torch.randn(1, 8))
+        training.write_jsonl(folder / f"{name}.jsonl", [
+            dict(step=n * step, image_score=80 + n, text_score=20 + n, seconds=30 * n) for n in (1, 2)])
+    records = pd.read_csv(ROOT / "p6_personalize/checkpoints/results.csv")  # for the names of its rows
+    records["objects"] = np.arange(len(records)) + 0.5
+    records.to_csv(folder / "results.csv", index=False)
+    call(build, "--quick", "--assignment", "dlcv2024_hw2", "--only", "p6", "--chapters", tmp_path / "chapters",
+         "--scenes", world, "--device", "cpu", "--output_dir", tmp_path)
+    assert (tmp_path / "assignments/dlcv2024_hw2/report_p6.pdf").read_bytes().rstrip().endswith(b"%%EOF")
+    named = re.findall(r'drawing\("(\w+)"', (ROOT / "report/p6.typ").read_text())
+    assert sorted(named) == sorted(path.stem for path in (tmp_path / "report/build").glob("*.svg"))
+
+    numbers = json.loads((tmp_path / "report/build/p6.json").read_text())
+    assert [row["objects"] for row in numbers["results"].values()] == records.objects.tolist()
+    assert "look" not in numbers["results"]["prompts: one object"]  # it asks for none
+    assert numbers["steps"] == {"<new1>": 100, "<new2>": 140} and numbers["minutes"] == {"<new1>": 1.5, "<new2>": 1.5}
+    assert numbers["parameters"]["unet"] == model.load_pipeline(pipeline).unet.num_parameters()
+    call(inference, evaluate.CONCEPTS / "input.json", tmp_path / "out", folder / "pipeline", "--embeds",
+         folder / "new1.safetensors", folder / "new2.safetensors", "--steps", 2, "--guidance", 2, "--device", "cpu")
+    scorer, told = model.Clip(clip), iter(numbers["scores"])
+    for request in prompts.read_requests(evaluate.CONCEPTS / "input.json"):
+        references = [read_rgb(path) for path in sorted((evaluate.CONCEPTS / request.key).iterdir())]
+        for number, (prompt, baseline) in enumerate(zip(request.prompts, request.baselines)):
+            drawn = evaluate.folder_of(tmp_path / "out", request, number)
+            first = [read_rgb(drawn / evaluate.file_name(request, number, n)) for n in range(8)]  # of 25
+            image, text = evaluate.best_five(*evaluate.scores(scorer, first, references, request.clip_prompts[number]))
+            assert next(told) == dict(prompt=prompt, baseline=baseline,  # a grey level moves a score by less than 0.01
+                                      image=pytest.approx(image, abs=0.01), text=pytest.approx(text, abs=0.01))
+    assert not list(told)
+
+
+def test_cases_are_of_different_objects_and_wrong_ones_name_both(monkeypatch):
+    """A judge who sees in pictures of one what is there, and in pictures of two a red cube and a gray cube."""
+    names = [["red cube"], ["red cube"], ["gray sphere"], ["red cube", "gray cube"], ["red cube", "gray sphere"]]
+    images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 8, 8)
+    monkeypatch.setattr(report, "ClipJudge", lambda clip: lambda some, count: [
+        {"red cube", "gray cube"} if count == 2 else set(names[int(image[0, 0, 0])]) for image in some])
+    right, wrong = ([(picture.getpixel((0, 0))[0], *texts) for picture, *texts in found]
+                    for found in report.cases(None, images, names))
+    assert right[:2] == [(0, "red cube", "red cube"), (2, "gray sphere", "gray sphere")]
+    assert wrong == [(4, "gray cube,\nred cube", "gray sphere,\nred cube")]

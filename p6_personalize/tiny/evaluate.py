@@ -25,9 +25,8 @@ import pandas as pd
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from dataset import list_images, read_rgb
 from files import check_output_file, write_atomic
-from p6_personalize.evaluate import CONCEPTS, scores
+from p6_personalize.evaluate import CONCEPTS, read_references, scores
 from p6_personalize.inference import EMBEDS
 from p6_personalize.model import CLIP, PIPELINE, Clip, add_embeds, generate, load_pipeline
 from p6_personalize.prompts import ENSEMBLE, PROMPT, read_requests
@@ -99,7 +98,7 @@ def with_count(count, images, sets):
 def baselines(clip, images, sets):
     """Yields (row, numbers): the course's scores of real pictures of what input.json's prompts name."""
     for request in read_requests(CONCEPTS / "input.json"):
-        references = [read_rgb(CONCEPTS / request.key / name) for name in list_images(CONCEPTS / request.key)]
+        references = read_references(CONCEPTS / request.key)
         for prompt, text, (names, look) in zip(request.prompts, request.clip_prompts, SHOWN[request.key]):
             real = [to_pil_image(apply(look, image)) for image, others in zip(images, sets)
                     if sorted(others) == sorted(names)]
@@ -194,10 +193,11 @@ def main():
               "baselines": lambda: baselines(clip, images, sets)}
     if {"judge", "prompts", "concepts"} & {*args.tables}:
         judge = ClipJudge(clip) if args.clip_judges else EvaluatorJudge(args.evaluator, device)
+        tables["judge"] = lambda: judged(judge, real, real_sets)
+    if {"prompts", "concepts"} & {*args.tables}:
         studio = Studio(load_pipeline(args.checkpoint, device, amp_dtype("auto", device)), judge, real, args.steps,
                         args.guidance)
-        tables.update(judge=lambda: judged(judge, real, real_sets), prompts=lambda: studio.prompts(ones, pairs),
-                      concepts=lambda: studio.concepts(ones, args.embeds))
+        tables.update(prompts=lambda: studio.prompts(ones, pairs), concepts=lambda: studio.concepts(ones, args.embeds))
     rows = []
     for table in args.tables:
         for row, numbers in tables[table]():

@@ -170,7 +170,7 @@ class PipelinePart(nn.Module):
 
     def save(self, folder, inputs):
         from diffusers import StableDiffusionPipeline
-        self.frozen[0].register_to_config(_name_or_path="")  # where it was read from is nobody's business
+        self.frozen[0].register_to_config(_name_or_path="")  # not where it was read from here
         unet, text_encoder, vae = (copy.deepcopy(part).half()
                                    for part in (self.unet, self.text_encoder, self.frozen[0]))
         StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, unet=unet, tokenizer=self.captions.tokenizer,
