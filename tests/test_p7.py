@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import training
-from files import load_checkpoint, save_checkpoint
+from files import digest_of, load_checkpoint, save_checkpoint
 from p1_ddpm.diffusion import ddim, ddpm, guided_predictor, uniform_timesteps
 from p1_ddpm.inference import Sampling
 from p7_clevr import evaluate, guidance, inference, scenes, studies, train, train_evaluator
@@ -476,7 +476,7 @@ def test_pasting_adds_the_objects_of_another_picture(data_dir):
     assert (x - background).abs().mean() > 1.2 * (images.float() / 127.5 - 1 - background).abs().mean()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def graders(tmp_path_factory, data_dir):
     """A folder with judge.pth, trained for a moment, and noisy.pth, whose pictures are noisy."""
     folder = tmp_path_factory.mktemp("graders")
@@ -723,8 +723,8 @@ def test_tables_vary_flags_and_report_what_took_part_in_no_choice():
 
 @pytest.mark.parametrize("script, name, arguments", [
     (train, "scenes.pt", []), (train_evaluator, "evaluator.pth", []),
-    (train_evaluator, "judge.pth", ["--network", "encoder", "--optimizer", "adamw", "--epochs", "130", "--seed", "1"]),
-    (train_evaluator, "noisy.pth", ["--network", "encoder", "--optimizer", "adamw", "--epochs", "130", "--noisy"])])
+    (train_evaluator, "judge.pth", "--network encoder --optimizer adamw --epochs 130 --paste 0.3 --seed 1".split()),
+    (train_evaluator, "noisy.pth", "--network encoder --optimizer adamw --epochs 130 --paste 0.3 --noisy".split())])
 def test_the_shipped_networks_have_the_settings_of_the_printed_commands(monkeypatch, script, name, arguments):
     monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
     wanted, path = training.recipe(script.parse_args()), ROOT / "p7_clevr/checkpoints" / name
@@ -742,8 +742,9 @@ def test_the_shipped_setting_is_the_one_that_the_rule_picks():
     """The rule that the report's appendix tells."""
     folder = ROOT / "p7_clevr/checkpoints"
     rows = p7.read_results(folder / "results.csv", folder / "scenes.pt").query("table in ['guidance', 'steps']")
-    best = rows[rows.accuracy == rows.accuracy.max()]
-    best = best[best.steps.astype(int) == best.steps.astype(int).min()].drop_duplicates(studies.FLAGS)
+    best = rows[rows.accuracy > rows.accuracy.max() - 1.5 / 160].drop_duplicates(studies.FLAGS)  # 64 sets, 160 labels
+    best = best[best.steps.astype(int) == best.steps.astype(int).min()]
+    best = best[best.accuracy == best.accuracy.max()]
     assert best[list(Sampling._fields)].to_dict("records") == [
         studies.as_text(inference.SHIPPED._asdict(), Sampling._fields)]
 
@@ -766,7 +767,7 @@ def chapter(tmp_path, graders, evaluator_file):
         training.write_jsonl(folder / f"{name}.jsonl", lines)
     rng = np.random.default_rng(0)
     studies.pd.DataFrame(
-        [dict(table=table, checkpoint=studies.digest_of(folder / "scenes.pt"), condition="tokens", epochs=4,
+        [dict(table=table, checkpoint=digest_of(folder / "scenes.pt"), condition="tokens", epochs=4,
               **studies.as_text({**studies.DEFAULTS, **changes}, studies.FLAGS), **dict.fromkeys(studies.MEASURES, 0.5))
          | dict(accuracy=rng.uniform(0.5, 1)) for table, rows in studies.TABLES.items() if table != "conditioning"
          for changes in rows]).to_csv(folder / "results.csv", index=False)
