@@ -22,7 +22,8 @@ from sklearn.datasets import load_digits
 
 import digit_classifier
 import training
-from files import load_checkpoint, save_checkpoint, save_png
+from conftest import call
+from files import digest_of, load_checkpoint, save_checkpoint, save_png
 from p1_ddpm import diffusion, evaluate, inference, studies, train
 from p1_ddpm.inference import Sampling
 from p1_ddpm.model import Attention, UNet, load_model
@@ -270,42 +271,21 @@ def test_attention_is_scaled_dot_product_attention():
     assert_near(attention(x), x + attention.out(mixed.reshape(2, 16, 7, 7)), 1e-5)
 
 
-def test_a_set_of_one_label_is_that_label():
-    """With the label's row of weights both networks are the same, "no label" included."""
-    labels = torch.tensor([4, 0, 2])
-    single, several = random_unet(num_classes=5), random_unet(num_classes=5, condition="set")
-    weights = single.state_dict()
-    weights["label.weight"][5] = 0  # of no label, where a set's sum is 0
-    several.load_state_dict({**weights, "label.weight": weights["label.weight"][:5].T})
-    x, t, one_hot = torch.randn(3, 3, 28, 28), torch.tensor([1, 500, 1000]), F.one_hot(labels, 5).float()
-    for a, b in ((labels, one_hot), (single.null(labels), several.null(one_hot))):
-        assert_near(several(x, t, b), single(x, t, a), 1e-5)
-
-
-# Digits of one domain and of two; what the other chapters need: scenes of several objects, faces.
-GENERAL = [dict(num_classes=10), dict(num_classes=20), dict(num_classes=24, condition="set", image_size=64, patch=4),
-           dict(num_classes=24, condition="set", image_size=32),
-           dict(num_classes=3, image_channels=1, image_size=36, patch=3)]
-
-
-@pytest.mark.parametrize("config", GENERAL, ids=str)
-def test_any_classes_condition_and_image_size_train_and_sample(config, tmp_path):
+@pytest.mark.parametrize("config", [dict(num_classes=10), dict(num_classes=20), dict(image_size=64, patch=4),
+                                    dict(num_classes=3, image_channels=1, image_size=36, patch=3)], ids=str)
+def test_any_classes_and_image_size_train_and_sample(config, tmp_path):
     model = random_unet(**config)
     generator = torch.Generator().manual_seed(0)
-    if model.condition == "set":
-        condition = torch.rand(6, model.num_classes, generator=generator).lt(0.2).float()
-        condition[:, -1] = 1
-    else:
-        condition = torch.randint(model.num_classes, (6,), generator=generator)
-    null = model.null(condition)
-    assert null.shape == condition.shape and null.dtype == condition.dtype and not torch.equal(null, condition)
+    labels = torch.randint(model.num_classes, (6,), generator=generator)
+    null = model.null(labels)
+    assert null.shape == labels.shape and null.dtype == labels.dtype and not torch.equal(null, labels)
     alphas_cumprod = diffusion.noise_schedule("cosine", 50)
 
     x0 = torch.rand(6, *model.image_shape, generator=generator) * 2 - 1
     losses = {}
     for drop in (0.0, 1.0):
         torch.manual_seed(0)
-        t, loss = diffusion.ddpm_loss(model, x0, condition, null, alphas_cumprod, drop)
+        t, loss = diffusion.ddpm_loss(model, x0, labels, null, alphas_cumprod, drop)
         assert t.shape == loss.shape == (6,)
         losses[drop] = loss.detach()
     assert not torch.equal(losses[0.0], losses[1.0])
@@ -319,17 +299,16 @@ def test_any_classes_condition_and_image_size_train_and_sample(config, tmp_path)
         generators = image_generators(0, range(6))
         noise = randn(generators, model.image_shape)
         sampling = Sampling(sampler, steps=3, guidance=2.0, interval=(0, 1000))
-        states = list(inference.sample(model, alphas_cumprod, condition, noise, generators, sampling))
+        states = list(inference.sample(model, alphas_cumprod, labels, noise, generators, sampling))
         assert [t for t, _ in states] == diffusion.log_snr_timesteps(alphas_cumprod, 3)[1:]
         images = states[-1][1]
         assert images.shape == noise.shape and images.isfinite().all() and images.abs().max() <= 1
-        unguided = list(inference.sample(model, alphas_cumprod, condition, noise, image_generators(1, range(6)),
+        unguided = list(inference.sample(model, alphas_cumprod, labels, noise, image_generators(1, range(6)),
                                          sampling._replace(guidance=0.0)))[-1][1]
         assert (images - unguided).abs().max() > 0.01 * images.abs().max()
 
 
-@pytest.mark.parametrize("config, message", [(dict(channels=[8, 12]), "divisible"), (dict(image_size=30), "side 30"),
-                                             (dict(condition="text"), "unknown kind")])
+@pytest.mark.parametrize("config, message", [(dict(channels=[8, 12]), "divisible"), (dict(image_size=30), "side 30")])
 def test_a_network_that_does_not_fit_together_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         UNet(**{**TINY, **config})
@@ -354,13 +333,6 @@ def data_dir(tmp_path_factory):
                 image = Image.fromarray(grey.astype(np.uint8)).resize((28, 28)).convert("RGB")
                 image.save(folder / f"digits/{domain}/data/{i:05d}.png")
     return folder
-
-
-def call(script, *arguments):
-    """The script's main() with these arguments on the CPU, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        script.main()
 
 
 def run_train(data_dir, output_dir, *arguments):
@@ -777,7 +749,7 @@ def test_a_study_measures_each_setting_once(tmp_path, data_dir, checkpoint, monk
     rows = pd.read_csv(tmp_path / "results.csv", dtype=dict(checkpoint=str))
     assert list(rows.columns) == ["table", "domain", "checkpoint", "epochs", *studies.FLAGS, *studies.MEASURES]
     assert rows.groupby("table").size().to_dict() == dict(guidance=6, interval=4, ema=2)
-    assert set(rows.checkpoint) == {studies.digest_of(tmp_path / "last.pt")} and set(rows.epochs) == {2.5}
+    assert set(rows.checkpoint) == {digest_of(tmp_path / "last.pt")} and set(rows.epochs) == {2.5}
     # One setting stands in all three tables, and is measured once.
     shared = rows[(rows.guidance == 1.5) & (rows.interval == "200 to 1000") & (rows.weights == "ema")]
     assert len(shared) == 3 and shared.seconds.nunique() == 1
@@ -826,13 +798,13 @@ def test_means_are_over_seeds_and_only_over_them():
 
 def test_the_committed_results_are_those_of_the_committed_checkpoints():
     rows = pd.read_csv(inference.CHECKPOINT.parent / "results.csv", dtype=str)
-    both = rows[rows.checkpoint == studies.digest_of(inference.CHECKPOINT.with_name("mnistm_svhn.pt"))]
+    both = rows[rows.checkpoint == digest_of(inference.CHECKPOINT.with_name("mnistm_svhn.pt"))]
     wanted = [("shipped", {**studies.DEFAULTS, **inference.SHIPPED_2024._asdict(), "per_class": 50}),
               *(("domains", setting) for setting in studies.settings("domains", 1000))]
     assert sorted(both[["table", "domain", *studies.FLAGS]].values.tolist()) == sorted(
         [table, domain, *studies.as_text(setting).values()] for table, setting in wanted
         for domain in ("mnistm", "svhn"))
-    rows = rows[rows.checkpoint == studies.digest_of(inference.CHECKPOINT)]
+    rows = rows[rows.checkpoint == digest_of(inference.CHECKPOINT)]
     for table in studies.TABLES:
         if table not in ("domains", "ema"):  # of other networks
             found = rows[rows.table == table][studies.FLAGS].values.tolist()
