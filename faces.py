@@ -26,7 +26,7 @@ from utils import UserError, nonempty_path
 
 SIZE = 64
 PADDING = 2  # black pixels around each face of a grid
-VALIDATION = range(8001, 9001)  # the numbers of the faces that no training sees; CelebA's attributes are known for them
+VALIDATION = range(8001, 9001)  # the faces that no train.py uses; numbers for which CelebA's attributes are known
 
 
 class Faces(NamedTuple):

@@ -1,6 +1,6 @@
 """Trains UNet.py on face images (Algorithm 1 of Ho et al. 2020), for those who have no UNet.pt.
 
-    python3 p2_ddim/train.py --data_dir img_align_celeba.zip                 # a folder of images will do as well
+    python3 p2_ddim/train.py --data_dir img_align_celeba.zip                 # or a folder of numbered images
     python3 p2_ddim/train.py --data_dir img_align_celeba.zip --resume        # goes on where the last run stopped
     python3 p2_ddim/train.py --data_dir img_align_celeba.zip --dry_run       # two steps, to see that all is in place
     torchrun --nproc_per_node=4 p2_ddim/train.py --data_dir img_align_celeba.zip   # --batch_size is for all together
@@ -11,9 +11,10 @@ Writes into --output_dir:
     metrics.jsonl   one line per checkpoint: loss, loss per quarter of the timesteps, learning rate, images/s
     samples_*.png   sixteen faces from noise that is always the same
 
-p2_ddim/checkpoints/face64.pt is the model.pt of these settings on the first 9,000 aligned faces of CelebA: 24 epochs,
-about an hour on 2 CPU cores with nothing beside it (60 images/s), the loss ends at 0.023. metrics.jsonl beside it is
-the record. p2_ddim/noise64 holds the first ten of the sixteen noises.
+What --data_dir takes: faces.py; the faces 8001 to 9000 are kept for validation. p2_ddim/checkpoints/face64.pt is the
+model.pt of these settings on the first 9,000 aligned faces of CelebA, those included: 24 epochs, about an hour on 2 CPU
+cores with nothing beside it (60 images/s), the loss ends at 0.023. metrics.jsonl beside it is the record.
+p2_ddim/noise64 holds the first ten of the sixteen noises.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python3 p5_gan/evaluate.py --data_dir first9000.zip squashed.zip:6-58
     python3 p5_gan/evaluate.py --data_dir ... --checkpoint p5_gan/output/model.pt
-    python3 p5_gan/evaluate.py --data_dir ... --others vae vae_fitted ddim --output p5_gan/checkpoints/faces.csv
+    python3 p5_gan/evaluate.py --data_dir ... --others vae_normal vae_fitted ddim --output p5_gan/checkpoints/faces.csv
 
 --others judges the faces in these folders as well. --output records it all: a row for the generator ("gan"), one for
 each folder by its name, and one for as many real faces.
@@ -51,10 +51,13 @@ def main():
     if args.output:
         check_output_file(args.output)
     model = load_model(args.checkpoint, pick_device(args.device))
-    sets = {path.stem: read_generated(path)[:args.count] for path in args.others}
+    sets = {}
     for path in args.others:
-        if len(sets[path.stem]) < 2 or path.stem in ("gan", "real"):
-            raise UserError(f"{path} holds a single image, or is named as ours or the real ones are; name another")
+        if path.name in ("gan", "real", *sets):
+            raise UserError(f"{path} is named as another set of faces is, {path.name}; rename the folder")
+        sets[path.name] = read_generated(path)[:args.count]
+        if len(sets[path.name]) < 2:
+            raise UserError(f"{path} holds a single image; name a folder of more")
     text, rows = judge_all(Judge(args.data_dir, not args.no_identity),
                            {"gan": generate(model, range(args.count), args.seed), **sets})
     print(text)
