@@ -31,10 +31,10 @@ class Augmentation(NamedTuple):
 
 # A digit of MNIST-M takes 20 of 28 pixels, one of USPS all of them, and both are alone: they learn what street numbers
 # look like, with neighbours, and come in each other's sizes. SVHN's fill the frame and have neighbours already. USPS'
-# are white on black, and learn what else there is.
+# are white on black and SVHN's on the plain paint of a house: they learn what else there is.
 AUGMENTATIONS = {
     "mnistm": Augmentation(zoom=(0.9, 1.5), strong_zoom=(0.9, 1.5), neighbours=20),
-    "svhn": Augmentation(zoom=(0.9, 1.15), strong_zoom=(0.7, 1.15)),
+    "svhn": Augmentation(zoom=(0.9, 1.15), strong_zoom=(0.7, 1.15), backgrounds=True),
     "usps": Augmentation(zoom=(0.65, 1.15), strong_zoom=(0.65, 1.15), neighbours=28, margin=6, backgrounds=True)}
 
 
@@ -69,7 +69,7 @@ def backgrounds(count, side, device):
 
 
 def on_backgrounds(images):
-    """Digits, uint8 (N, 3, S, S), white on black, on backgrounds from dark ones to bright ones: float (N, 1, S, S).
+    """Images, uint8 (N, 3, S, S), on backgrounds from dark ones to bright ones: float (N, 1, S, S).
 
     Blended as MNIST-M is (Ganin et al. 2016, section 5.2.4): the absolute difference of the colours.
     """
@@ -153,9 +153,8 @@ def augment(images, domain, without=(), strong=False):
     kind = AUGMENTATIONS[domain]
     if "geometry" not in without:
         images = F.pad(images, [kind.margin] * 4)
-    if kind.backgrounds and "backgrounds" not in without:
-        images = some(grey(images), on_backgrounds(images), 0.5)
-    images = grey(images)
+    plain = grey(images)
+    images = some(plain, on_backgrounds(images), 0.5) if kind.backgrounds and "backgrounds" not in without else plain
     if "geometry" not in without:
         if kind.neighbours and "neighbours" not in without:
             images = row_of_digits(images, kind.neighbours)

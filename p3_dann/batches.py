@@ -35,14 +35,23 @@ def load_training_images(data_dir, method, domains):
     return images, labels
 
 
+def balanced_draw(labels, count):
+    """Indices of `count` of the labels, int64 (N,), with replacement: every class is as likely as another."""
+    labels = labels.cpu()
+    return torch.multinomial(1 / labels.bincount()[labels], count, replacement=True)
+
+
 def draw_batch(images, labels, count, without=(), two_views=False):
     """A Batch of `count` images of each domain, drawn with replacement from what load_training_images returns.
 
+    The labelled ones come from all classes alike: how often a digit occurs in house numbers or postcodes, ones most of
+    all, is a habit of its domain, which neither the classifier nor adamatch's alignment has to learn.
     without: names from augment.PARTS, the parts of the augmentation to leave out. two_views: see methods.sees.
     """
     chosen, views, strong = [], [], []
     for domain, seen in images.items():
-        chosen.append(torch.randint(len(seen), (count,)).to(labels.device))
+        indices = torch.randint(len(seen), (count,)) if chosen else balanced_draw(labels, count)
+        chosen.append(indices.to(labels.device))
         drawn = seen[chosen[-1]]
         if two_views:
             views.append(weakly(drawn))

@@ -113,7 +113,9 @@ def adamatch(networks, batch, progress, threshold=0.9, leave_out=()):
     image, it learns to see in the strong view.
 
     One pass normalises all views of both domains together, another the source alone. The teacher is the network itself:
-    its answers to weak views pass no gradient on. leave_out: names from ADAMATCH_PARTS, to see what they give.
+    its answers to weak views pass no gradient on. A pseudo-label is the likeliest class, as in FixMatch (Sohn et al.
+    2020); the paper's loss keeps the aligned probabilities. leave_out: names from ADAMATCH_PARTS, to see what they
+    give.
     """
     (target,), (strong, target_strong) = batch.unlabelled, batch.strong
     source, count = torch.cat([batch.images, strong]), len(target)

@@ -2,16 +2,16 @@
 
     python3 p3_dann/studies.py --jobs 2               # all methods on 2023's pairs, 3 seeds: 15 trainings
     python3 p3_dann/studies.py --tables pairs         # the other pairs and AdaMatch
-    python3 p3_dann/studies.py --tables choice        # each method's other settings, between which the rule picks
+    python3 p3_dann/studies.py --tables choice        # DANN's other settings, between which the rule picks
     python3 p3_dann/studies.py --tables ablation adamatch_ablation       # what each part gives, one seed
     python3 p3_dann/studies.py --tables long          # the other methods with as many steps as AdaMatch
     python3 p3_dann/studies.py --tables pairs --runs 'mnistm_svhn_adamatch_s*'     # some of a table's trainings
 
-A training by AdaMatch takes 45 minutes on 2 CPU cores, by another method 3 to 7. One that is in --output_dir already is
-not repeated, an interrupted one goes on. Writes --output_dir/results.csv. With --publish, its rows replace those of the
-same trainings in p3_dann/checkpoints/results.csv, and networks of seed 0, each with its record, go to
-p3_dann/checkpoints, where inference.py looks for them: the seed was fixed before any was trained. Which setting of a
-method is shipped for a pair, the rule of choice.py says, which knows no label of the target.
+A training by AdaMatch takes some 25 minutes on 2 CPU cores with bfloat16, by another method 2 to 4. One that is in
+--output_dir already is not repeated, an interrupted one goes on. Writes --output_dir/results.csv. With --publish, its
+rows replace those of the same trainings in p3_dann/checkpoints/results.csv, and networks of seed 0, each with its
+record, go to p3_dann/checkpoints, where inference.py looks for them: the seed was fixed before any was trained. Which
+setting of a method is shipped for a pair, the rule of choice.py says, which knows no label of the target.
 """
 
 import fnmatch
@@ -52,16 +52,14 @@ def models():
 MODELS = models()
 FIRST = [name for name, settings in MODELS.items() if settings["method"] != "adamatch"
          and (settings["source"], settings["target"]) in PAIRS]  # 2023's assignment
-# {method: {ending of the run's name: what differs from train.py's defaults}}: what the rule may pick.
-CHOICE = {"dann": {"lambda_0.1": dict(lambda_max=0.1), "lambda_0.3": dict(lambda_max=0.3)},
-          "adamatch": {"threshold_0.7": dict(threshold=0.7), "half": dict(epochs=30)}}
+# {method: {ending of the run's name: what differs from train.py's defaults}}: what the rule may pick instead of these.
+CHOICE = {"dann": {"lambda_0.1": dict(lambda_max=0.1), "lambda_0.3": dict(lambda_max=0.3)}, "adamatch": {}}
 # As many steps and images as adamatch's source has, for the other methods: does the budget make the difference?
 LONG = {f"long_{name}": dict(settings, epochs=60, batch_size=64) for name, settings in MODELS.items()
         if name in ("mnistm_svhn_dann", "mnistm_source_only", "svhn_target_only")}
 # {name: (what differs from DANN on SVHN, the settings that do it)}
 ABLATION = {
     "lambda_0": ("no adversary: lambda = 0", dict(lambda_max=0)),
-    "lambda_0.3": ("lambda = 0.3", dict(lambda_max=0.3)),
     "no_geometry": ("no affine maps and no neighbours", dict(without=["geometry"])),
     "no_neighbours": ("no neighbours", dict(without=["neighbours"])),
     "no_intensity": ("no change of polarity, contrast and brightness", dict(without=["intensity"])),

@@ -66,6 +66,11 @@ def parse_args():
     parser.add_argument("--leave_out", nargs="+", choices=ADAMATCH_PARTS, default=[], help="the same of adamatch")
     parser.set_defaults(**METHODS[parser.parse_args().method].defaults)
     args = parser.parse_args()
+    method = METHODS[args.method]
+    unused = [flag for flag in ("lambda_max", "threshold", "leave_out")
+              if getattr(args, flag) != parser.get_default(flag) and flag not in method.flags]
+    if unused:
+        raise UserError(f"--method {args.method} has no --{unused[0]}")
     name = f"{run_name(args.method, args.source, args.target)}_s{args.seed}"
     args.output_dir = args.output_dir or ROOT / "p3_dann/output" / name
     return args

@@ -23,7 +23,7 @@ import training
 from dataset import load_split, read_images
 from files import save_checkpoint
 from p3_dann import augment, choice, evaluate, features, inference, methods, studies, train
-from p3_dann.batches import Batch, draw_batch, load_training_images
+from p3_dann.batches import Batch, balanced_draw, draw_batch, load_training_images
 from p3_dann.methods import METHODS, Objective, lambda_schedule, predicted_domain, run_name
 from p3_dann.model import Dann, GradientReversal, load_model
 from p3_dann.prediction import adapt_statistics, predict
@@ -112,6 +112,14 @@ def test_every_method_learns(name, data_dir, single_process):
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     unused = set() if name == "dann" else {name for name in before if name.startswith("discriminator")}
     assert changed == before.keys() - unused
+
+
+def test_every_class_is_drawn_as_often_as_another():
+    """Of 900 threes and 100 sevens half the draws are sevens, up to five standard deviations; no other class occurs."""
+    seed_all(0)
+    labels = torch.tensor([3] * 900 + [7] * 100)
+    drawn = labels[balanced_draw(labels, 4000)]
+    assert abs((drawn == 7).sum() - 2000) < 5 * (4000 * 0.25) ** 0.5 and set(drawn.tolist()) == {3, 7}
 
 
 def test_names_follow_from_what_a_method_sees():
@@ -398,7 +406,7 @@ def test_augmentation_is_a_property_of_the_domain():
     assert edge["mnistm", 3] > 0.3 > edge["mnistm", 4] and edge["svhn", 3] < 0.1
 
 
-def test_backgrounds_are_painted_behind_half_of_usps():
+def test_backgrounds_are_painted_behind_half_of_usps_and_svhn():
     """A background is the difference to the digit's colour, as MNIST-M's: under a black image it shows as it is."""
     seed_all(0)
     black = torch.zeros(400, 3, 28, 28, dtype=torch.uint8)
@@ -408,10 +416,11 @@ def test_backgrounds_are_painted_behind_half_of_usps():
     seed_all(0)
     assert close(augment.on_backgrounds(255 - black), 255 - painted)
     still = [part for part in augment.PARTS if part != "backgrounds"]
-    plain = augment.augment(black, "usps", still).flatten(1).abs().amax(dim=1) == 0
-    assert 0.4 < plain.float().mean() < 0.6
-    assert augment.augment(black, "usps", augment.PARTS).abs().max() == 0
-    assert augment.augment(black, "svhn", still).abs().max() == 0
+    for domain in "usps", "svhn":
+        plain = augment.augment(black, domain, still).flatten(1).abs().amax(dim=1) == 0
+        assert 0.4 < plain.float().mean() < 0.6
+        assert augment.augment(black, domain, augment.PARTS).abs().max() == 0
+    assert augment.augment(black, "mnistm", still).abs().max() == 0
 
 
 def test_the_strong_view_s_parts_by_hand(monkeypatch):
@@ -509,6 +518,8 @@ def test_a_method_s_defaults_can_be_overruled(monkeypatch):
 
 def test_mistakes_in_training_are_told(monkeypatch, tmp_path, data_dir, tiny_network):
     for flags, message in ((["--source", "svhn"], "two domains"), (["--resume"], "start without --resume"),
+                           (["--threshold", "0.7"], "--method dann has no --threshold"),
+                           (["--method", "adamatch", "--lambda_max", "3"], "adamatch has no --lambda_max"),
                            (["--batch_size", "1"], "one image"), (["--lr", "1e30"], "loss is not finite")):
         with pytest.raises(UserError, match=message):
             train_tiny(monkeypatch, data_dir, tmp_path / "out", *flags)
@@ -757,7 +768,7 @@ def test_each_assignment_has_its_networks(monkeypatch, tmp_path, capsys, checkpo
     target, *flags = flags
     for command in ([tmp_path, target, tmp_path / "pred.csv", *flags],
                     [*flags, tmp_path, tmp_path / "pred.csv", "--target", target]):
-        with pytest.raises(UserError, match=f"there is no .*{name}.pt, .*--target {target} --method"):
+        with pytest.raises(UserError, match=f"there is no .*{name}.pt; .*hw2_download.sh"):
             call(monkeypatch, inference, *command)
     shutil.copy(checkpoint, tmp_path / f"{name}.pt")
     for command in ([tmp_path, target, tmp_path / "pred.csv", *flags],
@@ -772,7 +783,8 @@ def test_each_assignment_has_its_networks(monkeypatch, tmp_path, capsys, checkpo
     (["images", "", "pred.csv"], "argument target: invalid choice: ''"), (["", "svhn", "pred.csv"], "path is empty"),
     (["images", "svhn", ""], "path is empty"), (["images", "svhn", "pred.csv", "more"], "unrecognized arguments: more"),
     (["nowhere", "svhn", "pred.csv"], "nowhere"), (["empty", "usps", "pred.csv"], "no images"),
-    (["images", "usps", "empty"], "is a folder"),
+    (["images", "usps", "empty"], "is a folder"), (["images", "usps"], "would be called usps, a domain"),
+    (["images", "usps", "pred.csv", "--target", "svhn"], "given twice"),
 ])
 def test_mistakes_at_2020_s_doors_are_told(monkeypatch, tmp_path, capsys, checkpoint, arguments, message):
     """What hw3_p3.sh and hw3_p4.sh hand on is in tests/test_wrappers.py; here what becomes of it."""
@@ -809,13 +821,10 @@ def test_2020_s_doors_answer_every_image(tmp_path, checkpoint):
 
 def test_committed_checkpoints():
     """They are small, made for what inference.py takes them for, and read scikit-learn's digits, another domain."""
-    weak = ("mnistm_usps_dann", "svhn_mnistm_adamatch", "svhn_usps_dann")  # which read 76 to 80 % of them
+    weak = ("mnistm_usps_dann", "svhn_usps_dann")  # which read 74 to 80 % of them
     paths = {path.stem: path for path in (ROOT / "p3_dann/checkpoints").glob("*.pt")}
     assert max(path.stat().st_size for path in paths.values()) <= 2e6
-    assert {inference.NETWORKS["2023", "dann", target] for target in ("mnistm", "svhn", "usps")} <= paths.keys()
     for (_, method, target), name in inference.NETWORKS.items():
-        if name not in paths:  # its training is not done
-            continue
         model, recipe = load_model(paths[name])
         assert recipe["method"] in (method, "source_only") and predicted_domain(recipe) == target
         assert name.split("_")[0] == recipe["source"]
@@ -844,12 +853,12 @@ def test_scores_by_hand():
     assert choice.neighbourhood_density(torch.stack([a, b, c]), temperature=0.5) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_rule_picks_by_the_mean_score_of_a_pair_s_settings():
-    rows = [dict(run=f"{name}_s{seed}", method="dann", source="mnistm", target="usps", accuracy=accuracy, infomax=score,
-                 density=-score, confident=accuracy, source_validation=accuracy)
+def test_the_rule_picks_by_the_score_of_a_pair_s_networks_of_seed_0():
+    rows = [dict(run=f"{name}_s{seed}", method="dann", source="mnistm", target="usps", seed=seed, accuracy=accuracy,
+                 infomax=score, density=-score, confident=accuracy, source_validation=accuracy)
             for name, scores, accuracy in (("mnistm_usps_dann", (1.0, 1.2), 96),
                                            ("mnistm_usps_dann_lambda_0.1", (1.3, 1.1), 97),
-                                           ("mnistm_usps_dann_lambda_0.3", (1.0, 1.3), 98))
+                                           ("mnistm_usps_dann_lambda_0.3", (1.1, 1.9), 98))
             for seed, score in enumerate(scores)]
     others = [dict(rows[0], run="ablation_lambda_0", infomax=9),
               dict(rows[0], run="long_mnistm_usps_dann_s0", infomax=9),
@@ -863,7 +872,7 @@ def test_the_rule_picks_by_the_mean_score_of_a_pair_s_settings():
     assert correlations == pytest.approx(dict(infomax=0.5, density=-0.5, confident=1, source_validation=1))
     assert studies.shipped(table)["mnistm_usps_dann"] == "mnistm_usps_dann_lambda_0.1"
     some = table[table.run != "mnistm_usps_dann_lambda_0.3_s0"]
-    assert studies.shipped(some[some.run != "mnistm_usps_dann_lambda_0.3_s1"])["mnistm_usps_dann"] == "mnistm_usps_dann"
+    assert studies.shipped(some)["mnistm_usps_dann"] == "mnistm_usps_dann"
     assert choice.candidates(table.drop(columns=list(choice.SCORES))) == {}
 
 
