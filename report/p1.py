@@ -2,7 +2,7 @@
 
 import json
 
-from files import load_checkpoint, save_png
+from files import digest_of, load_checkpoint, save_png
 from plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEXT_WIDTH, VERMILION, image_grid, plt, save
 from utils import UserError, image_generators, randn, to_uint8
 
@@ -17,7 +17,7 @@ from p1_ddpm.diffusion import SPACINGS
 from p1_ddpm.evaluate import Judge, same_class_draw, summary
 from p1_ddpm.inference import SHIPPED, generate, sample
 from p1_ddpm.model import Attention, ResidualBlock, load_model
-from p1_ddpm.studies import DEFAULTS, FLAGS, TABLES, as_text, digest_of, means, settings
+from p1_ddpm.studies import DEFAULTS, FLAGS, TABLES, as_text, means, settings
 
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "Algorithm 2", "dpmpp": "DPM-Solver++"}
 STATES = (1000, 800, 600, 400, 200, 0)

@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from p3_dann import choice
 from p3_dann.features import embed, proxy_a_distance, sample_features
-from p3_dann.methods import PAIRS, run_name
+from p3_dann.methods import ALL_PAIRS, PAIRS, run_name
 from p3_dann.model import load_model
 from p3_dann.prediction import predict
-from p3_dann.studies import ABLATION, means
+from p3_dann.studies import ABLATION, means, shipped
 
 
 def scenario(pair):
@@ -126,12 +127,25 @@ def training_figure(path, metrics):
 
 def ablation(results):
     """Rows (what differs from DANN on SVHN, accuracy, accuracy with one view) of seed 0; empty until all are there."""
-    names = {"nothing": "mnistm_svhn_dann_s0", "lambda = 0.1": "mnistm_svhn_dann_lambda_0.1_s0",
+    names = {"nothing": "mnistm_svhn_dann_s0", **{f"lambda = {end}": f"mnistm_svhn_dann_lambda_{end}_s0"
+                                                  for end in (0.1, 0.3)},
              **{what: f"ablation_{name}" for name, (what, _) in ABLATION.items()}}
     runs = results.set_index("run")
     if not set(names.values()) <= set(runs.index):
         return []
     return [(what, runs.accuracy[name], runs.one_view[name]) for what, name in names.items()]
+
+
+def choices(results):
+    """What the rule chose between, a dict for each pair of domains and setting of DANN, in the order of ALL_PAIRS: its
+    `pair`, lambda's end, its accuracy and scores of seed 0, and whether it was `picked`."""
+    found, rows = choice.candidates(results), []
+    for pair in ALL_PAIRS:
+        name = run_name("dann", *pair)
+        for row in found[name].to_dict("records") if name in found else []:
+            rows.append(dict(row, pair=scenario(pair), picked=row["experiment"] == shipped(results)[name],
+                             setting=row["experiment"].removeprefix(name).removeprefix("_lambda_") or "1"))
+    return rows
 
 
 # --- All of it ----------------------------------------------------------------------------------
@@ -145,10 +159,11 @@ def build(folder, checkpoints, data_dir, device, quick):
         raise UserError(f"there is no {checkpoints / 'results.csv'}; p3_dann/studies.py --publish makes it")
     results = pd.read_csv(checkpoints / "results.csv")
     before, after, metrics = {}, {}, {}
+    recipe = load_model(checkpoints / f"{run_name('dann', *PAIRS[0])}.pt")[1]
     for pair in PAIRS:
         name = run_name("dann", *pair)
         before[pair], _ = load_model(checkpoints / f"{run_name('source_only', *pair)}.pt", device)
-        after[pair], recipe = load_model(checkpoints / f"{name}.pt", device)
+        after[pair], _ = load_model(checkpoints / f"{name}.pt", device)
         metrics[pair] = [json.loads(line) for line in (checkpoints / f"{name}.jsonl").read_text().splitlines()]
     embeddings, distances = latent_space(before, after, data_dir, 40 if quick else 1000)
     tsne_figure(folder / "p3_tsne.svg", embeddings)
@@ -164,7 +179,8 @@ def build(folder, checkpoints, data_dir, device, quick):
     training_figure(folder / "p3_training.svg", metrics)
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), recipe=recipe, widths=model.config["widths"],
-        features=model.config["num_features"], ablation=ablation(results),
+        features=model.config["num_features"], ablation=ablation(results), picked=shipped(results),
+        choices=choices(results),
         means=json.loads(means(results).to_json(orient="records")),
         **{name: {pair[1]: value for pair, value in of_pair.items()} for name, of_pair in (
             ("distances", distances), ("last", {pair: rows[-1] for pair, rows in metrics.items()}),

@@ -3,7 +3,6 @@
 import json
 
 from dataset import DOMAIN_NAMES, load_split
-from plots import BLUE, GREEN, TEXT_WIDTH, VERMILION, plt, save
 from utils import UserError
 
 import pandas as pd
@@ -11,8 +10,9 @@ import pandas as pd
 from p3_dann.methods import ALL_PAIRS, PAIRS_2020, run_name
 from p3_dann.model import load_model
 from p3_dann.prediction import predict
-from p3_dann.studies import ADAMATCH_ABLATION, ADAMATCH_ABLATION_PAIRS, means
-from report.p3 import confusion_figure, confusion_matrix, latent_space, mistakes, scenario, tsne_figure
+from p3_dann.choice import candidates, rank_correlations
+from p3_dann.studies import ADAMATCH_ABLATION, ADAMATCH_ABLATION_PAIRS, means, shipped
+from report.p3 import choices, confusion_figure, confusion_matrix, latent_space, mistakes, scenario, tsne_figure
 
 HARDEST = ("svhn", "mnistm")  # the pair whose mistakes are looked at
 
@@ -20,10 +20,10 @@ HARDEST = ("svhn", "mnistm")  # the pair whose mistakes are looked at
 def accuracies(results):
     """A dict for each of ALL_PAIRS: its `pair`, and of each row of the assignment's table mean, std and seeds, or None
     where a training is missing."""
-    table = means(results).set_index(["experiment", "target", "statistics"])
+    table, picked = means(results).set_index(["experiment", "target", "statistics"]), shipped(results)
 
     def cell(method, source, target, statistics):
-        key = run_name(method, source, target), target, statistics
+        key = picked[run_name(method, source, target)], target, statistics
         if key not in table.index:
             return None
         row = table.loc[key]
@@ -33,20 +33,6 @@ def accuracies(results):
                  statistics=cell("source_only", *pair, "target"), dann=cell("dann", *pair, "target"),
                  adamatch=cell("adamatch", *pair, "target"), target=cell("target_only", *pair, "target"))
             for pair in ALL_PAIRS]
-
-
-def training_figure(path, metrics):
-    """What AdaMatch does over the epochs, a panel for each pair: {pair: rows of metrics.jsonl}."""
-    figure, panels = plt.subplots(1, len(metrics), figsize=(TEXT_WIDTH, 1.8), sharey=True)
-    for axes, (pair, rows) in zip(panels, metrics.items()):
-        table = pd.DataFrame(rows)
-        for column, name, colour in (("accuracy", "source accuracy", BLUE), ("counted", "counted", VERMILION),
-                                     ("confident", "confident", GREEN)):
-            axes.plot(table.epoch, table[column], color=colour, label=name)
-        axes.plot(table.epoch, table.weight, "k:", label="weight")
-        axes.set(title=scenario(pair), xlabel="epoch")
-    panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    save(path, figure)
 
 
 def ablation(results):
@@ -65,7 +51,7 @@ def build(folder, checkpoints, data_dir, device, quick):
         raise UserError(f"there is no {checkpoints / 'results.csv'}; p3_dann/studies.py --publish makes it")
     results = pd.read_csv(checkpoints / "results.csv")
     before = {pair: load_model(checkpoints / f"{run_name('source_only', *pair)}.pt", device)[0] for pair in PAIRS_2020}
-    distances, metrics, recipes = {}, {}, {}
+    distances, recipes, record = {}, {}, {}
     for method in "dann", "adamatch":
         after = {}
         for pair in PAIRS_2020:
@@ -73,18 +59,19 @@ def build(folder, checkpoints, data_dir, device, quick):
         embeddings, apart = latent_space(before, after, data_dir, 40 if quick else 600, method == "dann")
         tsne_figure(folder / f"p3_pairs_{method}.svg", embeddings)
         distances[method] = {scenario(pair): values for pair, values in apart.items()}
-    for pair in PAIRS_2020:
-        record = checkpoints / f"{run_name('adamatch', *pair)}.jsonl"
-        metrics[pair] = [json.loads(line) for line in record.read_text().splitlines()]
-    training_figure(folder / "p3_pairs_training.svg", metrics)
+    for method in recipes:
+        for pair in ALL_PAIRS:
+            lines = (checkpoints / f"{run_name(method, *pair)}.jsonl").read_text().splitlines()
+            record[method] = {**record.get(method, {}), scenario(pair): json.loads(lines[-1])}
     matrices = {}
     for pair in (PAIRS_2020[1], HARDEST):
         model, _ = load_model(checkpoints / f"{run_name('adamatch', *pair)}.pt", device)
         images, labels, _ = load_split(data_dir, pair[1], "val")
         matrices[pair] = confusion_matrix(labels, predict(model, images).argmax(dim=1))
     confusion_figure(folder / "p3_pairs_confusion.svg", matrices)
-    return dict(accuracies=accuracies(results), distances=distances, recipes=recipes, ablation=ablation(results),
+    return dict(accuracies=accuracies(results), distances=distances, recipes=recipes,
+                record=record, ablation=ablation(results),
+                choices=choices(results), rank_correlations=rank_correlations(candidates(results)),
                 domains=DOMAIN_NAMES, parameters=sum(p.numel() for p in model.parameters()),
                 widths=model.config["widths"], features=model.config["num_features"],
-                last={scenario(pair): rows[-1] for pair, rows in metrics.items()},
                 mistakes={scenario(pair): mistakes(matrix) for pair, matrix in matrices.items()})

@@ -63,11 +63,12 @@ def side_by_side(path, chapters, device, gan_faces, quick):
 def build(folder, chapters, device, quick):
     """Draws the figures into `folder` and returns the numbers that p5.typ shows.
 
-    chapters: the folder that holds p5_gan/checkpoints with gan.pt, its training's metrics.jsonl and faces.csv, and
-    those of p4_vae and p2_ddim to stand beside it.
+    chapters: the folder that holds p5_gan/checkpoints with gan.pt, its training's metrics.jsonl, faces.csv and
+    results.csv, and those of p4_vae and p2_ddim to stand beside it.
     """
     checkpoints = chapters / "p5_gan/checkpoints"
-    for name, maker in ("metrics.jsonl", "train.py"), ("faces.csv", "evaluate.py --output"):
+    makers = {"metrics.jsonl": "train.py", "faces.csv": "evaluate.py --output", "results.csv": "studies.py"}
+    for name, maker in makers.items():
         if not (checkpoints / name).exists():
             raise UserError(f"there is no {checkpoints / name}; p5_gan/{maker} makes it")
     metrics = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
@@ -83,4 +84,5 @@ def build(folder, chapters, device, quick):
     return dict(parameters=[sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)],
                 printed=printed, recipe=content["recipe"], config=content["config"], epochs=metrics[-1]["epoch"],
                 steps=metrics[-1]["step"], minutes=sum(row["seconds"] for row in metrics) / 60, first=metrics[0],
-                last=metrics[-1], faces=json.loads(pd.DataFrame(rows).to_json(orient="records")))
+                last=metrics[-1], recipes=pd.read_csv(checkpoints / "results.csv").to_dict("records"),
+                faces=json.loads(pd.DataFrame(rows).to_json(orient="records")))

@@ -19,10 +19,11 @@ from utils import UserError, argument_parser, run
 
 import pandas as pd
 
-from files import write_atomic
+from files import digest_of, write_atomic
 from p1_ddpm.inference import CHECKPOINT, SHIPPED, SHIPPED_2024
-from p1_ddpm.studies import FLAGS, as_text, digest_of
+from p1_ddpm.studies import FLAGS, as_text
 from p3_dann.methods import ALL_PAIRS, PAIRS, run_name
+from p3_dann.studies import shipped
 from p7_clevr import studies as scenes
 from report.benchmark import commands
 
@@ -61,17 +62,17 @@ def p1_numbers():
 def p3_numbers():
     """Problem 3: accuracy on the target's validation digits, mean and standard deviation over the seeds.
 
-    A field such as p3.mnistm_svhn.dann for each pair and method, `open` where nothing was trained; those of 2023's
-    pairs are named by the target as well."""
+    A field such as p3.mnistm_svhn.dann for each pair and method, of the setting that is shipped, `open` where nothing
+    was trained; those of 2023's pairs are named by the target as well."""
     path = ROOT / "p3_dann/checkpoints/results.csv"
     rows = pd.read_csv(path)
     rows["name"] = rows.run.str.replace(r"_s\d+$", "", regex=True)
-    numbers = {}
+    numbers, picked = {}, shipped(rows)
     for source, target in ALL_PAIRS:
         for name, method, statistics in (("source_only", "source_only", "source"), ("dann", "dann", "target"),
                                          ("source_only_adapted", "source_only", "target"),
                                          ("adamatch", "adamatch", "target"), ("target_only", "target_only", "target")):
-            run_of = run_name(method, source, target)
+            run_of = picked[run_name(method, source, target)]
             chosen = (rows["name"] == run_of) & (rows.target == target) & (rows.statistics == statistics)
             if not chosen.any() and (source, target) in PAIRS and method != "adamatch":
                 raise UserError(f"{path} lacks {run_of} on {target}; run p3_dann/studies.py --publish")
@@ -88,7 +89,7 @@ def p4_numbers():
     decimals = dict(mse=4, kl=0, kid=1, frechet=3, diversity=2, face_rate=1)
     rows = rows.assign(face_rate=100 * rows.face_rate, kid=1000 * rows.kid)
     return {f"p4.{row.beta.replace('-', '_')}.{row.prior}.{name}": f"{row[name]:.{digits}f}"
-            for _, row in rows.iterrows() for name, digits in decimals.items()}
+            for _, row in rows.iterrows() for name, digits in decimals.items() if name in row}
 
 
 def p5_numbers():
@@ -97,7 +98,7 @@ def p5_numbers():
     decimals = dict(count=0, kid=1, frechet=3, diversity=2, face_rate=1, nearest=1)
     rows = rows.assign(face_rate=100 * rows.face_rate, kid=1000 * rows.kid).drop_duplicates("name")
     return {f"p5.{row['name']}.{name}": f"{row[name]:.{digits}f}"
-            for _, row in rows.iterrows() for name, digits in decimals.items() if pd.notna(row[name])}
+            for _, row in rows.iterrows() for name, digits in decimals.items() if pd.notna(row.get(name))}
 
 
 def p6_numbers():

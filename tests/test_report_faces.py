@@ -43,14 +43,17 @@ def chapters(tmp_path_factory):
     vae.set_eigenfaces(torch.randint(256, (20, 3, 64, 64)))  # so that the latents of faces differ
     save(root / "p4_vae/checkpoints", "vae.pt", "p4_vae", vae, config, rows,
          latents=dict(mixture=mixture, attributes={}))
-    pd.DataFrame([dict(beta="auto", prior=prior, count=100, mse=0.01, kl=9, **MEASURES)
-                  for prior in ("normal", "fitted")]).to_csv(root / "p4_vae/checkpoints/results.csv", index=False)
+    pd.DataFrame([dict(beta=beta, prior=prior, count=100, mse=0.01, kl=9, **MEASURES)
+                  for beta in ("1e-4", "1e-5", "1e-7", "auto") for prior in ("normal", "fitted")]).to_csv(
+        root / "p4_vae/checkpoints/results.csv", index=False)
     rows = [dict(step=step, epoch=step / 2, real_logit=0.5, generated_logit=-0.5, accuracy=0.7, augmented=0.1,
                  seconds=60) for step in (1, 2, 3, 4)]
     save(root / "p5_gan/checkpoints", "gan.pt", "p5_gan", Generator(**config), config, rows)
     names = "gan", "vae_normal", "vae_fitted", "ddim", "real"
     pd.DataFrame([dict(name=name, count=100, **MEASURES) for name in names]).to_csv(
         root / "p5_gan/checkpoints/faces.csv", index=False)
+    pd.DataFrame([dict(recipe=name, count=100, seconds=60, images=1280, **MEASURES)
+                  for name in ("ours", "wide", "public")]).to_csv(root / "p5_gan/checkpoints/results.csv", index=False)
     (root / "p2_ddim/checkpoints").mkdir(parents=True)
     save_checkpoint(root / "p2_ddim/checkpoints/face64.pt", kind="p2_ddim", config=dict(channel=8, size=64),
                     recipe=dict(epochs=7), ema=UNet(channel=8).state_dict())
