@@ -132,7 +132,7 @@ def load_model(path, device="cpu", weights="ema"):
     checkpoint = load_checkpoint(path, "p1_ddpm", ["config", weights])
     try:
         network = dict(checkpoint["config"]["network"])
-        network.pop("condition", None)  # "class" in checkpoints of the time when there was another kind
+        network.pop("condition", None)  # some checkpoints name it; it is always "class"
         model = UNet(**network)
         alphas_cumprod = noise_schedule(**checkpoint["config"]["schedule"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -139,11 +139,11 @@ def ablation(results):
 def choices(results):
     """What the rule chose between, a dict for each pair of domains and setting of DANN, in the order of ALL_PAIRS: its
     `pair`, lambda's end, its accuracy and scores of seed 0, and whether it was `picked`."""
-    found, rows = choice.candidates(results), []
+    found, picked, rows = choice.candidates(results), shipped(results), []
     for pair in ALL_PAIRS:
         name = run_name("dann", *pair)
         for row in found[name].to_dict("records") if name in found else []:
-            rows.append(dict(row, pair=scenario(pair), picked=row["experiment"] == shipped(results)[name],
+            rows.append(dict(row, pair=scenario(pair), picked=row["experiment"] == picked[name],
                              setting=row["experiment"].removeprefix(name).removeprefix("_lambda_") or "1"))
     return rows
 

@@ -45,13 +45,18 @@ def ablation(results):
     return [row for row in rows if any(value is not None for value in row[1:])]
 
 
+def last_row(path):
+    """The last of a training's record, metrics.jsonl."""
+    return json.loads(path.read_text().splitlines()[-1])
+
+
 def build(folder, checkpoints, data_dir, device, quick):
     """Draws the figures into `folder` and returns the numbers that p3_pairs.typ shows; arguments: see p3.build."""
     if not (checkpoints / "results.csv").exists():
         raise UserError(f"there is no {checkpoints / 'results.csv'}; p3_dann/studies.py --publish makes it")
     results = pd.read_csv(checkpoints / "results.csv")
     before = {pair: load_model(checkpoints / f"{run_name('source_only', *pair)}.pt", device)[0] for pair in PAIRS_2020}
-    distances, recipes, record = {}, {}, {}
+    distances, recipes = {}, {}
     for method in "dann", "adamatch":
         after = {}
         for pair in PAIRS_2020:
@@ -59,10 +64,8 @@ def build(folder, checkpoints, data_dir, device, quick):
         embeddings, apart = latent_space(before, after, data_dir, 40 if quick else 600, method == "dann")
         tsne_figure(folder / f"p3_pairs_{method}.svg", embeddings)
         distances[method] = {scenario(pair): values for pair, values in apart.items()}
-    for method in recipes:
-        for pair in ALL_PAIRS:
-            lines = (checkpoints / f"{run_name(method, *pair)}.jsonl").read_text().splitlines()
-            record[method] = {**record.get(method, {}), scenario(pair): json.loads(lines[-1])}
+    record = {method: {scenario(pair): last_row(checkpoints / f"{run_name(method, *pair)}.jsonl")
+                       for pair in ALL_PAIRS} for method in recipes}
     matrices = {}
     for pair in (PAIRS_2020[1], HARDEST):
         model, _ = load_model(checkpoints / f"{run_name('adamatch', *pair)}.pt", device)
