@@ -3,7 +3,7 @@
     python3 p6_personalize/evaluate.py input.json out_dir --data_dir REFERENCES --clip openai/clip-vit-base-patch32
     python3 p6_personalize/evaluate.py p6_personalize/tiny/concepts/input.json out_dir
 
-A score is 100 times a cosine: with a picture's mean over the references in --data_dir/<key> (image), with the text of
+A score is 100 times a cosine: with an image's mean over the references in --data_dir/<key> (image), with the text of
 prompt_4_clip_eval (text). A prompt counts by the means over those five of its 25 images whose image + 2.5 text is the
 largest, and passes where both reach the baseline.
 """
@@ -24,7 +24,7 @@ CONCEPTS = ROOT / "p6_personalize/tiny/concepts"
 
 
 def read_references(folder):
-    """The pictures in a folder by their names, PIL in RGB; UserError when there are none, or one cannot be read."""
+    """The images in a folder by their names, PIL in RGB; UserError when there are none, or one cannot be read."""
     return [read_rgb(folder / name) for name in list_images(folder)]
 
 

@@ -20,7 +20,7 @@ from utils import UserError, amp_dtype, argument_parser, float_between, int_at_l
 
 from tqdm import tqdm
 
-from files import digest_of, make_output_dir, save_png, write_atomic
+from files import digest_of, lock, make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import file_name, folder_of
 from p6_personalize.model import HERE, PIPELINE, add_embeds, default_guidance, generate, load_pipeline, read_embeds
 from p6_personalize.prompts import IMAGES, read_requests
@@ -49,7 +49,7 @@ def parse_args():
     return args
 
 
-def check_tokens(requests, tokens, tokenizer, where):
+def check_tokens(requests, tokens, pipe, where):
     """Says which prompts will not show what they ask for; UserError when a concept's own token has not been learnt."""
     for request in requests:
         if request.token not in tokens:
@@ -61,7 +61,8 @@ def check_tokens(requests, tokens, tokenizer, where):
             for word in re.findall(r"<[^<>\s]+>", prompt):
                 if word not in tokens:
                     print(f"the prompt {prompt!r} names {word}, which --embeds does not bring", file=sys.stderr)
-            if len(tokenizer(prompt).input_ids) > tokenizer.model_max_length:
+            said = pipe.maybe_convert_prompt(prompt, pipe.tokenizer)  # with all tokens of a word of several vectors
+            if len(pipe.tokenizer(said).input_ids) > pipe.tokenizer.model_max_length:
                 print(f"the prompt {prompt!r} is too long and will be cut off", file=sys.stderr)
 
 
@@ -70,14 +71,14 @@ def noise_number(place, number, n):
     return 1_000_000 * place + 1000 * number + n
 
 
-def settings_of(args, requests):
+def settings_of(args, dtype, requests):
     """What decides how the images look, as a dict of plain types: settings.json."""
-    weights = [args.checkpoint] if args.checkpoint.is_file() else sorted(
-        path for ending in ("safetensors", "bin") for path in args.checkpoint.glob(f"*/*.{ending}"))
+    parts = [args.checkpoint] if args.checkpoint.is_file() else sorted(
+        path for ending in ("safetensors", "bin", "json") for path in args.checkpoint.glob(f"*/*.{ending}"))
     return dict(prompts=[request.prompts for request in requests],
-                checkpoint=[digest_of(path) for path in weights] or str(args.checkpoint),  # or a name on the hub
+                checkpoint=[digest_of(path) for path in parts] or str(args.checkpoint),  # or a name on the hub
                 embeds=[digest_of(path) for path in args.embeds],
-                steps=args.steps, guidance=args.guidance, seed=args.seed)
+                steps=args.steps, guidance=args.guidance, seed=args.seed, dtype=str(dtype))
 
 
 def open_folder(output_dir, settings, requests):
@@ -104,13 +105,14 @@ def open_folder(output_dir, settings, requests):
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    dtype = amp_dtype(args.amp, device)
     requests = read_requests(args.input_json)
     for path in args.embeds:  # before the checkpoint, which may take minutes
         read_embeds(path)
-    make_output_dir(args.output_dir)
-    pipe = load_pipeline(args.checkpoint, device, amp_dtype(args.amp, device))
-    check_tokens(requests, [add_embeds(pipe, path) for path in args.embeds], pipe.tokenizer, args.input_json)
-    open_folder(args.output_dir, json.dumps(settings_of(args, requests), indent=1), requests)
+    lock(make_output_dir(args.output_dir))
+    pipe = load_pipeline(args.checkpoint, device, dtype)
+    check_tokens(requests, [add_embeds(pipe, path) for path in args.embeds], pipe, args.input_json)
+    open_folder(args.output_dir, json.dumps(settings_of(args, dtype, requests), indent=1), requests)
 
     wanted = {noise_number(place, number, n):
               (folder_of(args.output_dir, request, number) / file_name(request, number, n), prompt)

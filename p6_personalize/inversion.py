@@ -1,6 +1,6 @@
 """Textual inversion (Gal et al. 2022, arXiv 2208.01618): a concept becomes a new word, all else stays as it is.
 
-The word's embedding v* is what minimises the diffusion loss on a few pictures (equation 2), over prompts that name it
+The word's embedding v* is what minimises the diffusion loss on a few images (equation 2), over prompts that name it
 in neutral contexts.
 """
 
@@ -68,12 +68,12 @@ def token_ids(pipe, prompts):
                           max_length=pipe.tokenizer.model_max_length).input_ids.to(pipe.device)
 
 
-def random_square(picture, size, smallest):
+def random_square(image, size, smallest):
     """A random square of a PIL image, its side from `smallest` to 1 of the shorter side, mirrored or not: float
     (3, size, size) in [-1, 1]."""
-    side = round(min(picture.size) * float(torch.empty(()).uniform_(smallest, 1)))
-    left, top = (int(torch.randint(length - side + 1, ())) for length in picture.size)
-    square = picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    side = round(min(image.size) * float(torch.empty(()).uniform_(smallest, 1)))
+    left, top = (int(torch.randint(length - side + 1, ())) for length in image.size)
+    square = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
     x = as_input(pil_to_tensor(square))
     return x if torch.rand(()) < 0.5 else x.flip(2)
 

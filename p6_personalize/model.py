@@ -47,9 +47,13 @@ def _loaded(function, path, what, **arguments):
     try:
         return function(str(path), local_files_only=True, **arguments)
     except Exception as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"{path} cannot be loaded as {what} ({reason[0]}); name a folder that holds one, or the name "
-                        "of one that huggingface_hub has downloaded to this computer")
+        raise UserError(f"{path} cannot be loaded as {what} ({_reason(error)}); name a folder that holds one, or the "
+                        "name of one that huggingface_hub has downloaded to this computer")
+
+
+def _reason(error):
+    """The first line of what an exception says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _whole(part, path, what, **arguments):
@@ -85,12 +89,12 @@ class Clip:
         self.prepare = _loaded(CLIPImageProcessor.from_pretrained, path, "CLIP's image processor")
 
     @torch.no_grad()
-    def images(self, pictures, batch_size=64):
+    def images(self, images, batch_size=64):
         """Unit vectors (N, D) on the CPU of a list of PIL images in RGB."""
         def embed(batch):
             pixels = self.prepare(images=batch, return_tensors="pt")["pixel_values"].to(self.device)
             return self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
-        return _unit([vectors for _, vectors in in_batches(embed, pictures, batch_size)])
+        return _unit([vectors for _, vectors in in_batches(embed, images, batch_size)])
 
     @torch.no_grad()
     def texts(self, texts, batch_size=256):
@@ -154,7 +158,7 @@ def _from_single_file(path, config):
         unet, vae = (part.from_single_file(dict(weights), config=str(config), subfolder=name, local_files_only=True)
                      for part, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
     except Exception as error:
-        raise UserError(f"the weights in {path} are not those of Stable Diffusion 1 ({str(error).splitlines()[0]}); "
+        raise UserError(f"the weights in {path} are not those of Stable Diffusion 1 ({_reason(error)}); "
                         "fetch the file again")
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, unet=unet, safety_checker=None, feature_extractor=None,

@@ -1,4 +1,4 @@
-"""Learns one concept from three to ten pictures as a new word (textual inversion, Gal et al. 2022).
+"""Learns one concept from three to ten images as a new word (textual inversion, Gal et al. 2022).
 
     python3 p6_personalize/train.py hw2_data/textual_inversion/0 --checkpoint sd-v1-4.ckpt --initializer_token dog
     python3 p6_personalize/train.py p6_personalize/tiny/concepts/0 --initializer_token sphere --batch_size 8
@@ -37,15 +37,15 @@ from p6_personalize.prompts import TEMPLATES
 def parse_args():
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("data_dir", type=nonempty_path, help="the folder of the concept's pictures")
+    add("data_dir", type=nonempty_path, help="the folder of the concept's images")
     add("--output_dir", type=nonempty_path, default=ROOT / "p6_personalize/output/concept", help="where embeddings go")
     add("--checkpoint", type=nonempty_path, default=PIPELINE, help="the pipeline's folder or single file")
     add("--placeholder_token", default="<new1>", help="the new word")
     add("--initializer_token", required=True, help="the word of one token that it starts from")
     add("--num_vectors", type=int_at_least(1), default=1, help="embeddings of the new word")
-    add("--learnable_property", choices=sorted(TEMPLATES), default="object", help="what the pictures have in common")
+    add("--learnable_property", choices=sorted(TEMPLATES), default="object", help="what the images have in common")
     add("--epochs", "--steps", type=int_at_least(1), default=300, help="steps; an epoch is one")
-    add("--batch_size", type=int_at_least(1), default=1, help="pictures per step")
+    add("--batch_size", type=int_at_least(1), default=1, help="images per step")
     add("--lr", type=float_between(0), default=1e-3, help="Adam's learning rate, constant")
     add("--crop", type=float_between(0.1, 1), default=0.9, help="smallest side of a random crop, as a share")
     add("--save_every", type=int_at_least(1), default=50, help="steps between saved embeddings")
@@ -87,7 +87,7 @@ def main():
     parts = training.make_parts(rows, [adam], process, saved)
     metrics, means = saved["metrics"] if saved else [], training.Means()
     size, templates = pipe.unet.config.sample_size * pipe.vae_scale_factor, TEMPLATES[args.learnable_property]
-    print(f"{len(references)} pictures, {rows.rows.numel()} numbers to learn, {process.device}, "
+    print(f"{len(references)} images, {rows.rows.numel()} numbers to learn, {process.device}, "
           f"{process.dtype or torch.float32}", flush=True)
 
     for step in training.steps(args, process, saved, args.epochs):

@@ -2,6 +2,7 @@
 
 import json
 
+from files import read_jsonl
 from plots import BLUE, VERMILION, TEXT_WIDTH, image_grid, plt, save
 from utils import amp_dtype
 
@@ -79,8 +80,7 @@ def build(folder, checkpoints, scenes_dir, device, quick):
     image_grid(folder / "p6_images.svg", torch.cat(grid), shown, width=5,
                row_names=[row["prompt"].removeprefix("a photo of ").replace(" in the", ",\nin the").replace(
                    " and", "\nand") for row in results])
-    records = {token: [json.loads(line) for line in (checkpoints / f"{name}.jsonl").read_text().splitlines()]
-               for token, name in (("<new1>", "new1"), ("<new2>", "new2"))}
+    records = {f"<{name}>": read_jsonl(checkpoints / f"{name}.jsonl") for name in ("new1", "new2")}
     curve_figure(folder / "p6_curve.svg", records)
     table = pd.read_csv(checkpoints / "results.csv")
     count = {name: sum(weight.numel() for weight in part.parameters()) for name, part in

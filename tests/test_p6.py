@@ -2,6 +2,8 @@
 
 import errno
 import json
+import math
+import os
 import pickle
 import re
 import shutil
@@ -22,8 +24,8 @@ import training
 from conftest import call
 from dataset import read_rgb
 from p6_personalize import evaluate, inference, inversion, model, prompts, train, zero_shot
+from p6_personalize.tiny import concepts, scenes, tokenizer
 from p6_personalize.tiny import evaluate as tiny_evaluate
-from p6_personalize.tiny import scenes, tokenizer
 from p6_personalize.tiny import train as tiny_train
 from report import build
 from report import p6 as report
@@ -47,8 +49,8 @@ def libraries_and_one_thread():
 
 
 def text_config(words):
-    return dict(TEXT, vocab_size=len(words), max_position_embeddings=words.model_max_length, bos_token_id=718,
-                eos_token_id=719, pad_token_id=719)
+    return dict(TEXT, vocab_size=len(words), max_position_embeddings=words.model_max_length,
+                bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
 
 
 def make_pipeline(folder):
@@ -166,7 +168,7 @@ def test_only_the_new_rows_change(pipeline):
     assert torch.equal(first[0], first[1]) and first[0].equal(old.weight[pipe.tokenizer.encode("sphere")[1]])
     optimizer = torch.optim.AdamW(rows.parameters(), lr=0.1, weight_decay=0.1)
     ids = inversion.token_ids(pipe, ["a photo of a <new1>", "a red cube"])
-    assert ids.shape == (2, 48) and (ids >= 720).sum(1).tolist() == [2, 0]
+    assert ids.shape == (2, 48) and (ids >= old.num_embeddings).sum(1).tolist() == [2, 0]
     for _ in range(3):
         torch.manual_seed(0)
         x0 = inversion.encode(pipe, torch.rand(2, 3, 32, 32) * 2 - 1)
@@ -235,6 +237,9 @@ def test_more_vectors_than_a_text_holds_are_refused(pipeline):
 def test_a_random_square_covers_the_shorter_side():
     picture = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3))
     torch.manual_seed(0)
+    rows = Image.fromarray(np.repeat(np.arange(40, dtype=np.uint8)[:, None, None], 60, 1).repeat(3, 2))
+    whole = inversion.random_square(rows, 40, 1)  # all 40 rows, and no other
+    torch.testing.assert_close(whole[0, :, 7], torch.arange(40) / 127.5 - 1)
     views = torch.stack([inversion.random_square(picture, 16, 0.5) for _ in range(20)])
     assert views.shape == (20, 3, 16, 16) and views.min() >= -1 and views.max() <= 1
     assert len(views.flatten(1).unique(dim=0)) == 20
@@ -251,7 +256,7 @@ def test_training_writes_what_diffusers_loads_and_keeps_the_best(learnt, pipelin
     pipe.load_textual_inversion(str(learnt), weight_name="learned_embeds.safetensors")
     token, embeds = model.read_embeds(learnt / "learned_embeds.safetensors")
     first = pipe.tokenizer.convert_tokens_to_ids("<new1>")
-    assert token == "<new1>" and first == 720 and embeds.shape == (2, 8)
+    assert token == "<new1>" and first == len(pipe.tokenizer) - 2 and embeds.shape == (2, 8)
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[first:first + 2], embeds)
 
 
@@ -346,6 +351,12 @@ def test_the_whole_path_to_the_scores(learnt, pipeline, clip, pictures, tmp_path
     (out / "0/0/other.png").touch()
     with pytest.raises(UserError, match="holds other.png, which the scorer would count"):
         call(inference, *words)
+    fcntl, handle = pytest.importorskip("fcntl"), os.open(out, os.O_RDONLY)
+    files.lock(tmp_path)  # another folder, so that this process does not hold the lock itself
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as another run has it
+    with pytest.raises(UserError, match="another run writes into"):
+        call(inference, *words)
+    os.close(handle)
 
 
 def test_images_are_of_these_weights_wherever_they_lie(learnt, pipeline, tmp_path):
@@ -372,9 +383,10 @@ def test_images_are_of_these_weights_wherever_they_lie(learnt, pipeline, tmp_pat
 def test_prompts_that_will_not_show_their_concept_are_said(learnt, pipeline, capsys):
     pipe = model.load_pipeline(pipeline)
     token = model.add_embeds(pipe, learnt / "learned_embeds.safetensors")
-    good, stranger, long = "a <new1>", "a <new1> in the style of <new2>", "very " * 60 + "large <new1>"
-    request = prompts.Request("0", token, [good, stranger, long], [], [])
-    inference.check_tokens([request], [token], pipe.tokenizer, "input.json")
+    good, stranger = "a <new1>", "a <new1> in the style of <new2>"
+    full = "red " * 45 + "<new1>"  # with two marks 48 words, which fit, but <new1> is two tokens
+    request = prompts.Request("0", token, [good, stranger, full.removeprefix("red "), full], [], [])
+    inference.check_tokens([request], [token], pipe, "input.json")
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and "names <new2>, which" in said[0] and said[1].endswith("is too long and will be cut off")
 
@@ -406,10 +418,11 @@ def test_embeddings_that_do_not_fit_are_named(pipeline, learnt, tmp_path):
     torch.save({"<new2>": torch.zeros(8)}, tmp_path / "learned_embeds.bin")  # as older trainings have written it
     assert model.add_embeds(pipe, tmp_path / "learned_embeds.bin") == "<new2>"
     assert model.add_embeds(pipe, learnt / "learned_embeds.safetensors") == "<new1>"
-    assert inversion.token_ids(pipe, ["<new1> in the style of <new2>"])[0, 1:9].max() >= 722
+    ids = inversion.token_ids(pipe, ["<new1> in the style of <new2>"])
+    assert (ids >= len(pipe.tokenizer) - 3).sum() == 3  # two of <new1> and one of <new2>, known last
     requests = [prompts.Request("0", "<new3>", ["a <new3>"], [], [])]
     with pytest.raises(UserError, match="asks for <new3>, and --embeds brings <new1>, <new2>"):
-        inference.check_tokens(requests, ["<new1>", "<new2>"], pipe.tokenizer, "input.json")
+        inference.check_tokens(requests, ["<new1>", "<new2>"], pipe, "input.json")
 
 
 def test_the_score_is_the_courses():
@@ -669,6 +682,16 @@ def test_the_tiny_world_trains_and_its_folders_load(world, tmp_path, monkeypatch
     clip = model.Clip(tmp_path / "clip/model")
     assert clip.texts(["a red cube"]).shape == (1, 8)
     assert clip.images([Image.new("RGB", (64, 64))]).norm().item() == pytest.approx(1)
+    part = tiny_train.PipelinePart(tmp_path)
+    images, sets = scenes.read_world(world, "generator")
+    latents = part.read(images, [(names, None) for names in sets], "cpu")
+    weights = torch.tensor([part.repeats[len(names)] for names in sets])
+    assert len(latents) == len(part.pairs) == 2 * weights.sum()  # with the mirror images
+    assert [names for names, _ in part.pairs] == 2 * [sets[i] for i in torch.arange(48).repeat_interleave(weights)]
+    first = [weights[:i].sum() for i in range(48)]
+    with torch.no_grad():
+        alone = part.frozen[0].encode(images / 127.5 - 1).latent_dist.mean * part.frozen[0].config.scaling_factor
+    torch.testing.assert_close(latents[first], alone)
     pipe = model.load_pipeline(tmp_path / "pipeline/model")
     latents = inversion.encode(pipe, torch.rand(16, 3, 64, 64) * 2 - 1)
     assert latents.shape == (16, 4, 16, 16) and pipe.unet.dtype == torch.float32
@@ -680,13 +703,13 @@ def test_the_tiny_world_trains_and_its_folders_load(world, tmp_path, monkeypatch
                  "--embeds", tmp_path / "<new1>.safetensors", tmp_path / "<new2>.safetensors", "--count", 2,
                  "--steps", 1, "--clip_judges", "--output", tmp_path / "results.csv"]
     call(tiny_evaluate, *evaluated, "--tables", "zero_shot", "judge", "prompts", "concepts")
-    table = pd.read_csv(tmp_path / "results.csv")
-    assert table.groupby("table").size().to_dict() == dict(zero_shot=6, judge=2, prompts=2 + 5, concepts=7)
-    assert table.objects.between(0, 100).all() and (table.pictures >= 1).all()
-    assert table[table.row.str.contains("look")].look.notna().sum() == 5 + 3
+    table, looks = pd.read_csv(tmp_path / "results.csv"), len(scenes.SEEN_LOOKS[1:])
+    assert table.groupby("table").size().to_dict() == dict(zero_shot=6, judge=2, prompts=2 + looks, concepts=7)
+    assert table.objects.between(0, 100).all() and (table.images >= 1).all()
+    assert table[table.row.str.contains("look")].look.notna().sum() == looks + 3
     call(tiny_evaluate, *evaluated, "--tables", "judge", "--checkpoint", "nowhere")  # which draws nothing
     assert pd.read_csv(tmp_path / "results.csv").objects.tolist() == table[table.table == "judge"].objects.tolist()
-    with pytest.raises(UserError, match="no picture of a purple sphere and a red cube"):
+    with pytest.raises(UserError, match="no image of a purple sphere and a red cube"):
         call(tiny_evaluate, *evaluated, "--tables", "baselines")
 
 
@@ -699,10 +722,18 @@ def test_a_picture_counts_by_what_the_judge_sees(monkeypatch):
     studio = tiny_evaluate.Studio(None, lambda images, count: [
         {name[(int(image[0, 0, 0]) + i) % 24] for i in range(count)} for image in images], pictures, 1, 1)
     asked = [[name[0], name[1]], [name[3], name[5]], [name[7], name[8]], [name[0], name[23]]]
-    assert studio.shown([""] * 4, asked) == dict(objects=62.5, all_objects=50.0, pictures=4)
+    assert studio.shown([""] * 4, asked) == dict(objects=62.5, all_objects=50.0, images=4)
 
 
 # --- The report ---------------------------------------------------------------------------------
+
+def test_the_baselines_are_nine_tenths_of_what_real_images_score():
+    rows = pd.read_csv(ROOT / "p6_personalize/checkpoints/results.csv").query("table == 'baselines'").set_index("row")
+    assert json.loads((evaluate.CONCEPTS / "input.json").read_text()) == concepts.REQUESTS
+    for request in concepts.REQUESTS.values():
+        for prompt, baseline in zip(request["prompt"], request["baseline"]):
+            assert baseline == [math.floor(0.9 * rows.loc[prompt, kind]) for kind in ("image", "text")]
+
 
 def test_the_report_shows_the_records_and_what_inference_draws(pipeline, clip, world, tmp_path):
     folder = tmp_path / "chapters/p6_personalize/checkpoints"

@@ -1,9 +1,9 @@
-"""Writes the two concepts of the tiny world as the course hands out its own: five pictures of each, and input.json.
+"""Writes the two concepts of the tiny world as the course hands out its own: five images of each, and input.json.
 
     python3 p6_personalize/tiny/concepts.py --data_dir DIR      # DIR is that of p7_clevr
 
 concepts/0 holds the held-out object, alone, concepts/1 other scenes in the held-out look, from scenes that no training
-sees. All pictures of one sphere alone are nearly the same, as it stands in the centre and is not turned, and there are
+sees. All images of one sphere alone are nearly the same, as it stands in the centre and is not turned, and there are
 but four; the fifth is a mirror image.
 """
 
@@ -19,17 +19,17 @@ from utils import UserError, argument_parser, nonempty_path, run
 from files import make_output_dir, save_png, write_atomic
 from p6_personalize.tiny.scenes import UNSEEN_LOOK, UNSEEN_OBJECT, apply, read_world
 
-# The scorer's baselines are nine tenths of what real pictures reach by the tiny CLIP, rounded down: evaluate.py
+# The scorer's baselines are nine tenths of what real images reach by the tiny CLIP, rounded down: evaluate.py
 # --tables baselines.
 REQUESTS = {
     "0": dict(src_image=UNSEEN_OBJECT, token_name="<new1>",
               prompt=["a photo of a <new1>", "a photo of a <new1> and a red cube"],
               prompt_4_clip_eval=[f"a photo of a {UNSEEN_OBJECT}", f"a photo of a {UNSEEN_OBJECT} and a red cube"],
-              baseline=[[90, 84], [4, 84]]),
+              baseline=[[89, 85], [8, 82]]),
     "1": dict(src_image=UNSEEN_LOOK, token_name="<new2>",
               prompt=["a photo of a blue cube in the style of <new2>", "a photo of a <new1> in the style of <new2>"],
               prompt_4_clip_eval=["a photo of a blue cube", f"a photo of a {UNSEEN_OBJECT}"],
-              baseline=[[46, 59], [29, 20]]),
+              baseline=[[13, 47], [-10, 38]]),
 }
 # (objects, look) of each prompt.
 SHOWN = {"0": [([UNSEEN_OBJECT], None), ([UNSEEN_OBJECT, "red cube"], None)],
@@ -44,21 +44,21 @@ def different(images, count=5):
             chosen.append(image)
         if len(chosen) == count:
             return chosen
-    raise UserError(f"there are only {len(chosen)} different pictures of a concept; name the whole data set")
+    raise UserError(f"there are only {len(chosen)} different images of a concept; name the whole data set")
 
 
 def main():
     parser = argument_parser(__doc__)
-    parser.add_argument("--data_dir", type=nonempty_path, default=HERE.parents[1] / "iclevr", help="the pictures")
+    parser.add_argument("--data_dir", type=nonempty_path, default=HERE.parents[1] / "iclevr", help="the images")
     parser.add_argument("--output_dir", type=nonempty_path, default=HERE / "concepts", help="where the concepts go")
     args = parser.parse_args()
     images, sets = read_world(args.data_dir, "held_out")
     scenes = [apply(UNSEEN_LOOK, image) for image, names in zip(images, sets) if len(names) == 2]
     images, sets = read_world(args.data_dir, unseen=True)
     alone = [image for image, names in zip(images, sets) if len(names) == 1]
-    for key, pictures in ("0", alone + [image.flip(-1) for image in alone]), ("1", scenes):
+    for key, images in ("0", alone + [image.flip(-1) for image in alone]), ("1", scenes):
         folder = make_output_dir(args.output_dir / key)
-        for number, image in enumerate(different(pictures)):
+        for number, image in enumerate(different(images)):
             save_png(folder / f"{number}.png", image)
     write_atomic(args.output_dir / "input.json", (json.dumps(REQUESTS, indent=1) + "\n").encode())
 

@@ -1,14 +1,14 @@
 """Measures the tiny world: what its CLIP knows, what its pipeline shows, what textual inversion has taught it.
 
-    python3 p6_personalize/tiny/evaluate.py --data_dir DIR --output p6_personalize/checkpoints/results.csv
+    python3 p6_personalize/tiny/evaluate.py --data_dir DIR --count 40 --output p6_personalize/checkpoints/results.csv
     python3 p6_personalize/tiny/evaluate.py --data_dir DIR --count 20 --tables zero_shot prompts
 
-Pictures are judged by the evaluator of p7_clevr, which no part of the tiny world has seen; for pictures in a look the
+Images are judged by the evaluator of p7_clevr, which no part of the tiny world has seen; for images in a look the
 look is undone first. Prints a line for each row, percentages:
-    zero_shot   top-1 accuracy of the tiny CLIP on real pictures of one object, among 24, and of two, among 276 pairs
-    baselines   what real pictures of input.json's prompts score; its baselines are nine tenths of that, rounded down
-    judge       what the judge finds in real pictures
-    prompts     named objects that generated pictures show, pictures that show all of theirs, pictures in the look
+    zero_shot   top-1 accuracy of the tiny CLIP on real images of one object, among 24, and of two, among 276 pairs
+    baselines   what real images of input.json's prompts score; its baselines are nine tenths of that, rounded down
+    judge       what the judge finds in real images
+    prompts     named objects that generated images show, images that show all of theirs, images in the look
     concepts    the same of the held-out object and look, before and after textual inversion
 """
 
@@ -42,7 +42,7 @@ TABLES = ["zero_shot", "baselines", "judge", "prompts", "concepts"]
 
 
 class ClipJudge:
-    """Names the objects in pictures by the caption that the tiny CLIP finds nearest."""
+    """Names the objects in images by the caption that the tiny CLIP finds nearest."""
 
     def __init__(self, clip):
         self.clip, self.sets = clip, all_sets()
@@ -56,7 +56,7 @@ class ClipJudge:
 
 
 class EvaluatorJudge:
-    """Names the objects in pictures by the evaluator of p7_clevr: the likeliest."""
+    """Names the objects in images by the evaluator of p7_clevr: the likeliest."""
 
     def __init__(self, path, device):
         self.evaluator = Evaluator(path, device)
@@ -72,8 +72,8 @@ def percent(values):
 
 
 def zero_shot(clip, images, sets):
-    """Yields (row, numbers) of the top-1 accuracy: among the 24 objects on pictures of one, by one prompt and by the
-    ensemble; among all 276 pairs on pictures of two."""
+    """Yields (row, numbers) of the top-1 accuracy: among the 24 objects on images of one, by one prompt and by the
+    ensemble; among all 276 pairs on images of two."""
     pairs, pair_names = with_count(2, images, sets)
     images, sets = with_count(1, images, sets)
     vectors = clip.images([to_pil_image(image) for image in images])
@@ -82,11 +82,11 @@ def zero_shot(clip, images, sets):
     for prompts_name, prompts in ("one prompt", [PROMPT]), ("ensemble", ENSEMBLE):
         right = (vectors @ class_vectors(clip, OBJECTS, prompts).T).argmax(1) == labels
         for objects, chosen in (f"{len(SEEN)} seen objects", ~unseen), ("the unseen one", unseen):
-            yield f"{prompts_name}, {objects}", dict(objects=percent(right[chosen]), pictures=int(chosen.sum()))
+            yield f"{prompts_name}, {objects}", dict(objects=percent(right[chosen]), images=int(chosen.sum()))
     right = [[set(names) == found for names, found in zip(pair_names, ClipJudge(clip)(pairs, 2))
               if (UNSEEN_OBJECT in names) == unseen] for unseen in (False, True)]
     for objects, of_these in zip(("seen objects", "one of them the unseen one"), right):
-        yield f"pairs, {objects}", dict(objects=percent(of_these), pictures=len(of_these))
+        yield f"pairs, {objects}", dict(objects=percent(of_these), images=len(of_these))
 
 
 def with_count(count, images, sets):
@@ -96,44 +96,44 @@ def with_count(count, images, sets):
 
 
 def baselines(clip, images, sets):
-    """Yields (row, numbers): the course's scores of real pictures of what input.json's prompts name."""
+    """Yields (row, numbers): the course's scores of real images of what input.json's prompts name."""
     for request in read_requests(CONCEPTS / "input.json"):
         references = read_references(CONCEPTS / request.key)
         for prompt, text, (names, look) in zip(request.prompts, request.clip_prompts, SHOWN[request.key]):
             real = [to_pil_image(apply(look, image)) for image, others in zip(images, sets)
                     if sorted(others) == sorted(names)]
             if not real:
-                raise UserError(f"there is no picture of a {' and a '.join(names)}; name the whole data set")
+                raise UserError(f"there is no image of a {' and a '.join(names)}; name the whole data set")
             image_scores, text_scores = scores(clip, real, references, text)
-            yield prompt, dict(image=round(image_scores.mean().item(), 1), text=round(text_scores.mean().item(), 1),
-                               pictures=len(real))
+            yield prompt, dict(image=round(image_scores.mean().item(), 2), text=round(text_scores.mean().item(), 2),
+                               images=len(real))
 
 
 def judged(judge, images, sets):
-    """Yields (row, numbers): percentage of the objects that the judge finds in real pictures of one and of two."""
+    """Yields (row, numbers): percentage of the objects that the judge finds in real images of one and of two."""
     for count in 1, 2:
         some, named = with_count(count, images, sets)
         hits = [name in seen for names, seen in zip(named, judge(some, count)) for name in names]
-        yield f"real pictures of {count}", dict(objects=percent(hits), pictures=len(some))
+        yield f"real images of {count}", dict(objects=percent(hits), images=len(some))
 
 
 class Studio:
-    """Draws pictures of prompts and has a judge look at them."""
+    """Draws images of prompts and has a judge look at them."""
 
     def __init__(self, pipe, judge, real, steps, guidance):
         self.pipe, self.judge, self.real, self.steps, self.guidance = pipe, judge, real, steps, guidance
 
     def shown(self, prompts, sets, look=None):
-        """Percentages over a picture of each of the `prompts`: of the objects in `sets` that it shows, of pictures that
-        show all of theirs, of pictures in the `look`."""
+        """Percentages over an image of each of the `prompts`: of the objects in `sets` that it shows, of images that
+        show all of theirs, of images in the `look`."""
         batches = generate(self.pipe, list(enumerate(prompts)), 0, self.steps, self.guidance)
-        pictures = torch.cat([images for _, images in batches])
-        found = [self.judge(undo(look, picture)[None], len(names))[0] for picture, names in zip(pictures, sets)]
+        images = torch.cat([batch for _, batch in batches])
+        found = [self.judge(undo(look, image)[None], len(names))[0] for image, names in zip(images, sets)]
         numbers = dict(objects=percent([name in seen for names, seen in zip(sets, found) for name in names]),
                        all_objects=percent([set(names) <= seen for names, seen in zip(sets, found)]))
         if look:
-            numbers["look"] = percent([name == look for name in nearest_look(pictures, self.real)])
-        return dict(numbers, pictures=len(prompts))
+            numbers["look"] = percent([name == look for name in nearest_look(images, self.real)])
+        return dict(numbers, images=len(prompts))
 
     def prompts(self, ones, pairs):
         """Yields (row, numbers) of what the pipeline was trained to show: lists of one and of two objects."""
@@ -161,7 +161,7 @@ class Studio:
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
+    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="what to measure")
     parser.add_argument("--clip", type=nonempty_path, default=CLIP, help="a CLIP model's folder or name")
     parser.add_argument("--checkpoint", type=nonempty_path, default=PIPELINE, help="the pipeline's folder")
@@ -169,7 +169,7 @@ def parse_args():
     parser.add_argument("--evaluator", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
                         help="what judges, such as the course's checkpoint.pth")
     parser.add_argument("--clip_judges", action="store_true", help="the tiny CLIP judges instead")
-    parser.add_argument("--count", type=int_at_least(1), default=100, help="generated pictures in a row")
+    parser.add_argument("--count", type=int_at_least(1), default=100, help="generated images in a row")
     parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float_between(1), default=2.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file that gets all rows")

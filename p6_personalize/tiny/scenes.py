@@ -1,6 +1,6 @@
 """The tiny world: scenes of one or two objects of i-CLEVR in several looks, with captions.
 
-One object and one look are held out of every training, picture and caption: textual inversion has to find them.
+One object and one look are held out of every training, image and caption: textual inversion has to find them.
 """
 
 import itertools
@@ -18,7 +18,9 @@ SEEN = tuple(name for name in OBJECTS if name != UNSEEN_OBJECT)
 # A look is a linear map of a pixel: the tint takes over this share of its colour, by its luminance.
 SHARE = 0.7
 TINTS = {"monochrome": (1.0, 1.0, 1.0), "ice": (0.75, 1.0, 1.4), "forest": (0.8, 1.1, 0.75), "rose": (1.3, 0.88, 1.0),
-         "lemon": (1.12, 1.05, 0.45), "night": (0.4, 0.5, 0.75), "sepia": (1.2, 0.97, 0.65)}
+         "lemon": (1.12, 1.05, 0.45), "night": (0.4, 0.5, 0.75), "amber": (1.4, 0.92, 0.35), "sand": (1.1, 1.0, 0.85),
+         "peach": (1.4, 0.85, 0.7), "mint": (0.75, 1.15, 1.1), "lavender": (1.05, 0.9, 1.4), "rust": (0.95, 0.6, 0.4),
+         "olive": (0.75, 0.75, 0.4), "sky": (0.85, 1.0, 1.2), "plum": (0.75, 0.5, 0.7), "sepia": (1.2, 0.97, 0.65)}
 SEEN_LOOKS = tuple(name for name in TINTS if name != UNSEEN_LOOK)
 
 
@@ -45,8 +47,8 @@ def _map(colors, images):
 def nearest_look(images, reference):
     """The look, None for none, of each of uint8 images (N, 3, H, W), a list: that whose mean colour is the nearest.
 
-    Most of every picture is the same floor; it is grey, so monochrome counts as none. reference: uint8 (M, 3, H, W),
-    pictures in no look.
+    Most of every image is the same floor; it is grey, so monochrome counts as none. reference: uint8 (M, 3, H, W),
+    images in no look.
     """
     looks = [None, *(look for look in TINTS if look != "monochrome")]
     means = torch.stack([apply(look, reference).float().mean(dim=(0, 2, 3)) for look in looks])
@@ -80,7 +82,7 @@ def all_sets():
 def read_world(data_dir, part=None, unseen=False):
     """(images, sets): uint8 (N, 3, 64, 64) and lists of one or two objects of p7_clevr's `part` of the scenes.
 
-    unseen: the pictures that show the held-out object instead of those that do not.
+    unseen: the images that show the held-out object instead of those that do not.
     """
     images, _, sets = read_scenes(data_dir, part)
     chosen = [i for i, names in enumerate(sets) if len(names) <= 2 and (UNSEEN_OBJECT in names) == unseen]

@@ -56,11 +56,11 @@ class Captions:
 
 
 class ClipPart(nn.Module):
-    """CLIP: pictures and captions that belong together are near each other (Radford et al. 2021, figure 3)."""
+    """CLIP: images and captions that belong together are near each other (Radford et al. 2021, figure 3)."""
 
     defaults = dict(epochs=20, batch_size=128, lr=1e-3, warmup=200, weight_decay=0.1, ema=0.998, save_every=140)
     optimizer = "adamw"
-    width, layers = 128, (3, 4)  # of text and picture
+    width, layers = 128, (3, 4)  # of text and image
 
     def __init__(self, folder):
         super().__init__()
@@ -83,7 +83,7 @@ class ClipPart(nn.Module):
         return images.to(device)
 
     def forward(self, images, indices):
-        """The loss of each picture and caption, (B,). Pairs that say the same are right for each other."""
+        """The loss of each image and caption, (B,). Pairs that say the same are right for each other."""
         x = as_input(images[indices])
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x, x.flip(3))
         x = random_affine(x, zoom=(0.87, 1.15), stretch=0.1, shift=0.12)
@@ -128,7 +128,8 @@ class AutoencoderPart(nn.Module):
     @torch.no_grad()
     def save(self, folder, images):
         latents = self.model.encode(as_input(images[::len(images) // 256 + 1])).latent_dist.mean
-        self.model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+        # A deviation of 2: the noise of a timestep hides less of the small objects than at 1.
+        self.model.register_to_config(scaling_factor=round(2 / latents.std().item(), 4))
         copy.deepcopy(self.model).half().save_pretrained(folder)
 
 
@@ -138,10 +139,12 @@ class PipelinePart(nn.Module):
     defaults = dict(epochs=10, batch_size=32, lr=8e-4, warmup=300, weight_decay=0.01, ema=0.999, save_every=250)
     optimizer = "muon"
     widths, groups = (64, 128), 32  # at 16x16 and 8x8; of the normalisation
+    repeats = {1: 1, 2: 3}  # how often an epoch shows a scene of so many objects: two are harder to learn
 
     def __init__(self, folder):
         super().__init__()
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+        from diffusers.models.attention_processor import AttnProcessor
         from transformers import CLIPTextModel
         for name in ("clip", "autoencoder"):
             if not (folder / name / "model/config.json").is_file():
@@ -153,16 +156,20 @@ class PipelinePart(nn.Module):
             sample_size=16, block_out_channels=self.widths, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, norm_num_groups=self.groups,
             cross_attention_dim=self.text_encoder.config.hidden_size, attention_head_dim=4)  # which counts heads
+        self.unet.set_attn_processor(AttnProcessor())  # plain products: on a CPU a fused kernel takes longer
         self.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
                                        clip_sample=False, steps_offset=1, timestep_spacing="trailing")
 
     @torch.no_grad()
     def read(self, images, pairs, device):
-        """The latents of all pictures and of their mirror images: they are needed many times."""
-        self.pairs, vae = pairs + pairs, self.frozen[0].to(device)
-        both = torch.cat([images, images.flip(-1)])
-        return torch.cat([vae.encode(as_input(batch.to(device))).latent_dist.mean
-                          for batch in tqdm(both.split(64), "latents", disable=None)]) * vae.config.scaling_factor
+        """The latents of all images and of their mirror images, which are needed many times."""
+        vae, both = self.frozen[0].to(device), torch.cat([images, images.flip(-1)])
+        latents = torch.cat([vae.encode(as_input(batch.to(device))).latent_dist.mean
+                             for batch in tqdm(both.split(64), "latents", disable=None)]) * vae.config.scaling_factor
+        pairs = 2 * pairs[:len(images)]
+        shown = [i for i, (objects, _) in enumerate(pairs) for _ in range(self.repeats[len(objects)])]
+        self.pairs = [pairs[i] for i in shown]
+        return latents[shown]
 
     def forward(self, latents, indices):
         ids = self.captions([self.pairs[i] for i in indices.tolist()], drop=0.1).to(latents.device)
@@ -188,7 +195,7 @@ def parse_args():
     parts = parser.add_subparsers(dest="part", required=True)
     for name, part in PARTS.items():
         one = parts.add_parser(name, help=part.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        one.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
+        one.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
         one.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p6_personalize/output",
                          help="where the folders of the three parts go")
         training.add_arguments(one, **part.defaults)
@@ -212,7 +219,7 @@ def main():
     network = training.distribute(model, process)
     metrics, means = saved["metrics"] if saved else [], training.Means()
     if process.rank == 0:
-        print(f"{len(inputs)} pictures, {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps of "
+        print(f"{len(inputs)} images, {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps of "
               f"{args.batch_size}, {per_epoch} an epoch, on {process.device}", flush=True)
     for step in training.steps(args, process, saved, total):
         batch = training.batch_indices(step, len(inputs), args, process)
