@@ -1,14 +1,14 @@
 """Judges a folder of generated scenes: do they show what was asked for and nothing else, and are they like real ones?
 
-    python3 p7_clevr/evaluate.py out_dir --data_dir DIR     # out_dir of lab6.sh, DIR with the pictures of i-CLEVR
+    python3 p7_clevr/evaluate.py out_dir --data_dir DIR     # out_dir of lab6.sh, DIR with the images of i-CLEVR
 
 - accuracy by the evaluator, which may have guided, and by the judge, which never does;
 - objects too many: the share of scenes in which more things stand apart from the empty background than were asked for.
   Things that hide each other count as one, so this finds the surplus and not what is missing;
-- fidelity: the Frechet distance (Heusel et al. 2017, equation 6) to the pictures of held-out scenes in the judge's 128
-  features, as a ratio to its floor, that of as many real pictures with as many objects, averaged over ten draws. With
+- fidelity: the Frechet distance (Heusel et al. 2017, equation 6) to the images of held-out scenes in the judge's 128
+  features, as a ratio to its floor, that of as many real images with as many objects, averaged over ten draws. With
   fewer than 300 scenes it says little;
-- colours: means and standard deviations of red, green and blue over all pixels, beside those of the held-out pictures.
+- colours: means and standard deviations of red, green and blue over all pixels, beside those of the held-out images.
 """
 
 import sys
@@ -48,7 +48,7 @@ def colors(images):
 
 
 class Judge:
-    """Measures generated scenes against the pictures of the generator's part and of held-out scenes."""
+    """Measures generated scenes against the images of the generator's part and of held-out scenes."""
 
     def __init__(self, data_dir, device="cpu", evaluator=CHECKPOINTS / "evaluator.pth",
                  judge=CHECKPOINTS / "judge.pth"):
@@ -60,7 +60,7 @@ class Judge:
                                                       for images in (held_out, real))
 
     def floor(self, sets, draws=10):
-        """The mean Frechet distance of real pictures with as many objects as `sets` from the held-out ones."""
+        """The mean Frechet distance of real images with as many objects as `sets` from the held-out ones."""
         rng = np.random.default_rng(0)
         by_size = {size: np.array([i for i, names in enumerate(self.sets) if len(names) == size]) for size in (1, 2, 3)}
         distances = []
@@ -85,11 +85,13 @@ class Judge:
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("folder", type=nonempty_path, help="what lab6.sh has written, with images/test/0.png")
-    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
+    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
+    parser.add_argument("--conditions", type=nonempty_path, default=CONDITIONS,
+                        help="holds test.json and new_test.json, as lab6.sh had them by --data_dir")
     parser.add_argument("--evaluator", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
                         help="what measures accuracy, such as the course's checkpoint.pth")
     args = parser.parse_args()
-    lists = {name: read_conditions(CONDITIONS / f"{name}.json") for name in ("test", "new_test")}
+    lists = {name: read_conditions(args.conditions / f"{name}.json") for name in ("test", "new_test")}
     images = {name: read_images([args.folder / "images" / name / f"{number}.png" for number in range(len(sets))], SIZE)
               for name, sets in lists.items()}
     judge = Judge(args.data_dir, evaluator=args.evaluator)
@@ -99,9 +101,9 @@ def main():
               f"{100 * measures['too_many']:.0f} % of the scenes")
     both, sets = torch.cat(list(images.values())), sum(lists.values(), [])
     measures = judge(both, sets)
-    print(f"Frechet distance {measures['frechet']:.2f}, {measures['frechet_ratio']:.2f} times that of real pictures")
+    print(f"Frechet distance {measures['frechet']:.2f}, {measures['frechet_ratio']:.2f} times that of real images")
     for what, ours, real in zip(("means", "standard deviations"), colors(both), judge.colors):
-        print(f"{what} of red, green, blue: {' '.join(f'{x:.1f}' for x in ours)}; of real pictures: "
+        print(f"{what} of red, green, blue: {' '.join(f'{x:.1f}' for x in ours)}; of real images: "
               f"{' '.join(f'{x:.1f}' for x in real)}")
 
 

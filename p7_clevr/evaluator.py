@@ -2,13 +2,15 @@
 
     Evaluator().eval(images, labels)    # images (B, 3, 64, 64) in [-1, 1], multi-hot labels (B, 24) -> accuracy
 
-A grader is one of two networks that see which of the 24 objects a picture shows:
+A grader is one of two networks that see which of the 24 objects an image shows:
     resnet18    the course's: ResNet-18 with Linear(512, 24) and a sigmoid
-    encoder     a small one, which may know how noisy its picture is
-and its file holds the weights under the key `model`. The course's checkpoint.pth can be named wherever ours are.
+    encoder     a small one, which may know how noisy its image is
+
+Ours are checkpoints of train_evaluator.py; the course's checkpoint.pth, with the weights under the key `model`, can be
+named wherever they are.
     checkpoints/evaluator.pth   resnet18: what the accuracies are measured with, and what guides
     checkpoints/judge.pth       encoder: takes no part in guidance and tells what guidance gains
-    checkpoints/noisy.pth       encoder: trained on noisy pictures, guides in the evaluator's place
+    checkpoints/noisy.pth       encoder: trained on noisy images, guides in the evaluator's place
 """
 
 import sys
@@ -47,7 +49,7 @@ class ResNet18(ResNet):
         return self.fc[0](self.features(x))
 
     def forward(self, x, t=None):
-        return self.logits(x).sigmoid()
+        return self.logits(x).float().sigmoid()  # in bfloat16 it would be 1 from a logit of 6.3 on, without a gradient
 
 
 class Encoder(nn.Module):
@@ -81,7 +83,7 @@ class Encoder(nn.Module):
         return self.fc(self.features(x, t))
 
     def forward(self, x, t=None):
-        return self.logits(x, t).sigmoid()
+        return self.logits(x, t).float().sigmoid()
 
 
 NETWORKS = {"resnet18": ResNet18, "encoder": Encoder}
@@ -90,7 +92,7 @@ NETWORKS = {"resnet18": ResNet18, "encoder": Encoder}
 def load_grader(path, device="cpu"):
     """(network in evaluation mode, its config) of a file of train_evaluator.py, or the course's checkpoint.pth.
 
-    config: a dict, with the noise schedule when the network was trained on noisy pictures. UserError when the file does
+    config: a dict, with the noise schedule when the network was trained on noisy images. UserError when the file does
     not hold such weights.
     """
     content = load_torch(path, "evaluator")
@@ -118,7 +120,7 @@ class Evaluator:
         self.device = torch.device(device)
         self.network, self.config = load_grader(checkpoint, self.device)
         if "schedule" in self.config:
-            raise UserError(f"{checkpoint} was trained on noisy pictures and cannot grade clean ones; name another one")
+            raise UserError(f"{checkpoint} was trained on noisy images and cannot grade clean ones; name another one")
 
     @torch.no_grad()
     def scores(self, images, batch_size=256):
@@ -131,6 +133,6 @@ class Evaluator:
         return torch.cat([self.network.features(batch.to(self.device)).cpu() for batch in images.split(batch_size)])
 
     def eval(self, images, labels):
-        """The share of all labels that are hit, see top_k_hits: a picture of three objects counts three times."""
+        """The share of all labels that are hit, see top_k_hits: an image of three objects counts three times."""
         labels = torch.as_tensor(labels).float().cpu()
         return top_k_hits(self.scores(images), labels).sum().item() / labels.sum().item()

@@ -2,7 +2,7 @@
 
 The classifier's log p(y | x) for a set y is the sum of log p over the objects in it and of log (1 - p) over all others,
 so guidance also removes what was not asked for. A gradient is a function (x, t, x0) -> the gradient of log p(y | x_t)
-with respect to x_t, of the shape of x: of a network that knows noisy pictures, or of one that knows clean ones at the
+with respect to x_t, of the shape of x: of a network that knows noisy images, or of one that knows clean ones at the
 predicted x0. It joins a `predict(x, t) -> (x0, eps)` of p1_ddpm.diffusion, that with classifier-free guidance as well.
 """
 
@@ -25,7 +25,7 @@ def gradient_of(log_p, x):
 
 
 def noisy_gradient(network, labels):
-    """Of a classifier of noisy pictures, log p(y | x_t), `network.logits(x, t)`."""
+    """Of a classifier of noisy images, log p(y | x_t), `network.logits(x, t)`."""
     def gradient(x, t, x0):
         times = torch.full((len(x),), t, device=x.device)
         return gradient_of(lambda x: log_probability(network.logits(x, times), labels), x)
@@ -33,7 +33,7 @@ def noisy_gradient(network, labels):
 
 
 def clean_gradient(network, labels, alphas_cumprod):
-    """Of a classifier of clean pictures: log p(y | x0) at the predicted x0 = sqrt(alpha-bar) x - sqrt(1 - alpha-bar) v.
+    """Of a classifier of clean images: log p(y | x0) at the predicted x0 = sqrt(alpha-bar) x - sqrt(1 - alpha-bar) v.
 
     v is held fixed, which spares the way back through the diffusion network: dx0/dx_t = sqrt(alpha-bar). That is exact
     for standard normal images, whose v is zero, and for any others at the end, t = 0.

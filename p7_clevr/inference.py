@@ -35,7 +35,7 @@ from p7_clevr.scenes import CONDITIONS, check_objects, multi_hot, read_condition
 from transforms import as_input
 
 CHECKPOINT = CHECKPOINTS / "scenes.pt"
-SHIPPED = Sampling(guidance=2.0, interval=(0, 1000))  # the setting of lab6.sh
+SHIPPED = Sampling(steps=30, guidance=2.0, interval=(0, 1000))  # the setting of lab6.sh
 STRIP = ["red sphere", "cyan cylinder", "cyan cube"]
 
 
@@ -50,9 +50,6 @@ def add_scene_arguments(parser):
     """The flags that say how scenes are sampled; studies.py shares them."""
     add_sampling_arguments(parser)
     parser.set_defaults(checkpoint=CHECKPOINT, batch_size=32, **SHIPPED._asdict())
-    parser.add_argument("--scale", type=float_between(0), default=0.0, help="strength of classifier guidance, 0: none")
-    parser.add_argument("--guide", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
-                        help="the classifier that guides: the evaluator, or one of noisy pictures")
     parser.add_argument("--evaluator", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
                         help="what measures accuracy, such as the course's checkpoint.pth")
 
@@ -70,7 +67,7 @@ def load_guide(path, scale, alphas_cumprod, device):
 
 @torch.no_grad()
 def sample(model, alphas_cumprod, labels, noise, generators, sampling, guide=Guide()):
-    """Yields (t, x_t) after each step from the noise x_T (B, 3, 64, 64) to pictures in [-1, 1] of multi-hot labels."""
+    """Yields (t, x_t) after each step from the noise x_T (B, 3, 64, 64) to images in [-1, 1] of multi-hot labels."""
     alphas_cumprod = alphas_cumprod.cpu()  # each of its values is asked for by itself
     timesteps = visited_timesteps(sampling, alphas_cumprod)
     predict = guided_predictor(model, labels, model.null(labels), alphas_cumprod, sampling.guidance, sampling.interval)
@@ -135,8 +132,11 @@ def save_images(folder, images):
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("output_dir", type=nonempty_path, help="folder for the pictures; made if need be")
+    parser.add_argument("output_dir", type=nonempty_path, help="folder for the images; made if need be")
     add_scene_arguments(parser)
+    parser.add_argument("--scale", type=float_between(0), default=0.0, help="strength of classifier guidance, 0: none")
+    parser.add_argument("--guide", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
+                        help="the classifier that guides: the evaluator, or one of noisy images")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--data_dir", type=nonempty_path, default=CONDITIONS, help="holds test.json and new_test.json")
     what.add_argument("--labels", nargs="+", metavar="OBJECT", help="draw these objects instead")
@@ -164,11 +164,11 @@ def main():
         save_images(output_dir / "images" / name if name else output_dir, generated)
         save_grid(output_dir / (f"grid_{name}.png" if name else "grid.png"), generated)
         print(f"{name or ', '.join(args.labels)}: accuracy {evaluator.eval(as_input(generated), multi_hot(sets)):.4f} "
-              f"({len(sets)} pictures)")
+              f"({len(sets)} images)")
     if not args.labels:
         *_, states = batches[-1]
         save_grid(output_dir / "denoising.png", torch.stack([states[t][-1] for t in keep]), len(keep))
-    print(f"the pictures are in {output_dir}")
+    print(f"the images are in {output_dir}")
 
 
 if __name__ == "__main__":

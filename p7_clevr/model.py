@@ -19,10 +19,10 @@ from utils import UserError
 
 
 def scene_schedule(name="cosine", timesteps=1000, shift=1.0):
-    """p1_ddpm's alpha-bar_0 ... alpha-bar_T for pictures with the contrast of ones `shift` times as strong.
+    """p1_ddpm's alpha-bar_0 ... alpha-bar_T for images with the contrast of ones `shift` times as strong.
 
     Objects differ from the floor by a fifth of [-1, 1] and drown in noise early: most timesteps would show nothing. To
-    multiply signal / noise by `shift` is to multiply the pictures by it (Chen 2023, arXiv 2301.10972, section 2.2).
+    multiply signal / noise by `shift` is to multiply the images by it (Chen 2023, arXiv 2301.10972, section 2.2).
     """
     alphas_cumprod = noise_schedule(name, timesteps)
     return shift**2 * alphas_cumprod / (1 - alphas_cumprod + shift**2 * alphas_cumprod)
@@ -75,7 +75,7 @@ class SceneUNet(nn.Module):
         super().__init__()
         side = SIZE // patch
         if SIZE % patch or side % 2 ** (len(channels) - 1):
-            raise ValueError(f"pictures of side {SIZE} in patches of {patch} do not give {len(channels)} resolutions")
+            raise ValueError(f"images of side {SIZE} in patches of {patch} do not give {len(channels)} resolutions")
         if condition not in ("multi_hot", "tokens"):
             raise ValueError(f"unknown kind of condition {condition!r}")
         self.patch, self.image_shape = patch, (3, SIZE, SIZE)
@@ -105,7 +105,7 @@ class SceneUNet(nn.Module):
         return torch.zeros_like(condition)
 
     def forward(self, x, t, condition):
-        """v, float32, for noisy pictures x (B, 3, 64, 64) at timesteps t (B,) in 1 ... T under their sets (B, 24)."""
+        """v, float32, for noisy images x (B, 3, 64, 64) at timesteps t (B,) in 1 ... T under their sets (B, 24)."""
         embedding = F.silu(self.time(timestep_embedding(t, self.width)) + self.label(condition))
         h = self.first(F.pixel_unshuffle(x, self.patch)) + self.place
         skips = []

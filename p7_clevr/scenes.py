@@ -1,10 +1,10 @@
-"""The 24 objects of i-CLEVR, sets of them as conditions, and the pictures that show them.
+"""The 24 objects of i-CLEVR, sets of them as conditions, and the images that show them.
 
     --data_dir/
         train.json                    {"CLEVR_train_002066_1.png": ["cyan cube", "cyan sphere"], ...}
         *.png                         anywhere below it, or in a zip file beside train.json
 
-Pictures ..._0, ..._1 and ..._2 show one, two and three objects of one scene, so what is told apart is told apart by
+Images ..._0, ..._1 and ..._2 show one, two and three objects of one scene, so what is told apart is told apart by
 scene: the generator trains on 15 of 20, graders on 4, and the last serves to measure both.
 """
 
@@ -28,7 +28,7 @@ COLORS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 SHAPES = ("cube", "sphere", "cylinder")
 OBJECTS = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)  # the order of the course's objects.json
 NUMBERS = {name: number for number, name in enumerate(OBJECTS)}
-SIZE = 64  # the side of a picture
+SIZE = 64  # the side of an image
 
 CONDITIONS = Path(__file__).parent / "conditions"  # the course's test.json and new_test.json
 PARTS = {"generator": range(15), "grader": range(15, 19), "held_out": range(19, 20)}  # scene numbers modulo 20
@@ -89,14 +89,14 @@ def held_out_sets():
     return random_sets(100, [3], seed=0, without=itertools.chain(*official_sets().values()))
 
 
-# --- Pictures -----------------------------------------------------------------------------------
+# --- Images -------------------------------------------------------------------------------------
 
 def read_scenes(data_dir, part=None):
-    """(images, conditions, sets) of the pictures that train.json names: uint8 (N, 3, 64, 64), float32 (N, 24), lists.
+    """(images, conditions, sets) of the images that train.json names: uint8 (N, 3, 64, 64), float32 (N, 24), lists.
 
-    data_dir: the folder that holds train.json and the pictures, or a zip file that holds both or lies beside it.
-    part: one of PARTS, or None for all scenes; "generator" leaves out the pictures that show one of held_out_sets.
-    Pictures of another size are squeezed to 64x64, as the course's transforms.Resize((64, 64)) does.
+    data_dir: the folder that holds train.json and the images, or a zip file that holds both or lies beside it.
+    part: one of PARTS, or None for all scenes; "generator" leaves out the images that show one of held_out_sets.
+    Images of another size are squeezed to 64x64, as the course's transforms.Resize((64, 64)) does.
     """
     table, files = _find(Path(data_dir))
     names = sorted(name for name in table if part is None or scene_number(name) % 20 in PARTS[part])
@@ -107,27 +107,27 @@ def read_scenes(data_dir, part=None):
         raise UserError(f"train.json in {data_dir} names no scene of the part {part}; take more scenes")
     missing = [name for name in names if name not in files]
     if missing:
-        raise UserError(f"{data_dir} lacks {len(missing)} of the {len(names)} pictures that its train.json names: "
+        raise UserError(f"{data_dir} lacks {len(missing)} of the {len(names)} images that its train.json names: "
                         f"{some(missing)}; add them")
     sets = [table[name] for name in names]
     images = np.empty((len(names), SIZE, SIZE, 3), np.uint8)
     for image, name in zip(images, names):
-        picture = read_rgb(files[name])
-        image[:] = picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR)  # as it is where it has that size
+        rgb = read_rgb(files[name])
+        image[:] = rgb.resize((SIZE, SIZE), Image.Resampling.BILINEAR)  # as it is where it has that size
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), multi_hot(sets), sets
 
 
 def scene_number(name):
-    """The number of the scene that the picture CLEVR_train_<number>_<objects>.png shows."""
+    """The number of the scene that the image CLEVR_train_<number>_<objects>.png shows."""
     match = re.fullmatch(r".*?(\d+)_\d\.\w+", name)
     if not match:
         raise UserError(f"train.json names {name!r}, which is not like CLEVR_train_000000_0.png; the number tells "
-                        "which pictures show the same scene")
+                        "which images show the same scene")
     return int(match[1])
 
 
 def _find(data_dir):
-    """(what train.json holds, {name of a picture: its Path or zipfile.Path})."""
+    """(what train.json holds, {name of an image: its Path or zipfile.Path})."""
     if data_dir.is_dir():
         files = [path for path in sorted(data_dir.rglob("*")) if not path.name.startswith(".")]
         archives, folder = [path for path in files if path.suffix.lower() == ".zip"], data_dir
@@ -137,13 +137,13 @@ def _find(data_dir):
         try:
             opened = zipfile.ZipFile(archive)
         except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{archive} is neither a folder nor a whole zip file ({error}); name what holds pictures")
+            raise UserError(f"{archive} is neither a folder nor a whole zip file ({error}); name what holds images")
         files += [zipfile.Path(opened, name) for name in sorted(opened.namelist())]
     by_name = {path.name: path for path in files}
     path = by_name.get("train.json", folder / "train.json")
     table = read_json(path)
     if not isinstance(table, dict) or not table:
-        raise UserError(f"{path} holds no table of pictures; it should look like "
+        raise UserError(f"{path} holds no table of images; it should look like "
                         "{\"CLEVR_train_000000_0.png\": [\"red cube\"]}")
     for name, objects in table.items():
         check_objects(objects, f"{name} in {path}")
@@ -152,9 +152,9 @@ def _find(data_dir):
 
 
 def empty_background(images):
-    """The picture without objects behind uint8 `images` (N, 3, 64, 64) of the same camera: float32, 0 ... 255.
+    """The image without objects behind uint8 `images` (N, 3, 64, 64) of the same camera: float32, 0 ... 255.
 
-    The median, except where an object stands in more than a quarter of the pictures, as in the centre, where the first
+    The median, except where an object stands in more than a quarter of the images, as in the centre, where the first
     of every scene does: there each row runs straight from what is left to what is right of it.
     """
     pixels = images.cpu().numpy()

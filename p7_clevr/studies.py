@@ -4,9 +4,9 @@
     python3 p7_clevr/studies.py --data_dir DIR --tables conditioning --checkpoint multi_hot.pt
 
 Generates the scenes of each setting, judges them as evaluate.py does, and adds a line to --output. Settings of the same
-checkpoint that are in that file already are not measured again, so an interrupted study goes on. Prints the tables as
-Markdown: mean and standard deviation where settings differ in the seed alone. Tables that serve to choose use sets of
-their own and seed 11; what is reported, "seeds", "judged" and "fidelity", took part in no choice. An hour on one core.
+checkpoint and graders that are in that file already are not measured again, so an interrupted study goes on. Prints the
+tables as Markdown: mean and standard deviation where settings differ in the seed alone. Tables that serve to choose use
+sets of their own and seed 11; what is reported, "seeds", "judged" and "fidelity", took part in no choice. An hour.
 """
 
 import itertools
@@ -41,7 +41,7 @@ def each(sets, seeds, *changes):
 TABLES = {
     "guidance": each("choice", (11,), *[dict(guidance=g) for g in (0.0, 1.0, 2.0, 3.0, 4.0)]),
     "steps": each("choice", (11,), *[dict(sampler=s, steps=n) for s, n in (
-        ("ddim", 10), ("ddim", 20), ("ddim", 30), ("dpmpp", 20), ("dpmpp", 30), ("ddpm", 20))]),
+        ("ddim", 10), ("ddim", 20), ("ddim", 30), ("ddim", 40), ("dpmpp", 20), ("dpmpp", 30), ("ddpm", 30))]),
     "classifier": each("choice", (11,), {}, *[dict(guide=guide, scale=scale) for guide, scale in (
         ("evaluator", 0.3), ("noisy", 1.0))]),
     "conditioning": each("choice", (11,), *[dict(guidance=g) for g in (0.0, 2.0)]),
@@ -57,12 +57,17 @@ MEASURES = {"accuracy": 4, "judge": 4, "too_many": 3, "frechet": 3, "frechet_rat
 
 
 def sets_of(kind, judge=None):
-    """The lists of objects that a table's `sets` stands for; "real" are those of 150 real pictures of the `judge`."""
+    """The lists of objects that a table's `sets` stands for; "real" are those of 150 real images of the `judge`."""
     official = official_sets()
     known = [*itertools.chain(*official.values()), *held_out_sets()]
-    kinds = {**official, "choice": random_sets(64, [2, 3], seed=1, without=known), "held_out": held_out_sets(),
+    kinds = {**official, "choice": random_sets(160, [2, 3], seed=1, without=known), "held_out": held_out_sets(),
              "four": random_sets(32, [4], seed=2), "five": random_sets(32, [5], seed=3)}
     return judge.sets[:150] if kind == "real" else kinds[kind]
+
+
+def graders(evaluator, folder=CHECKPOINTS):
+    """The digests of all that judges or guides: the file `evaluator`, and judge.pth and noisy.pth in `folder`."""
+    return " ".join(digest_of(path) for path in (evaluator, folder / "judge.pth", folder / "noisy.pth"))
 
 
 def parse_args():
@@ -70,7 +75,7 @@ def parse_args():
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=[t for t in TABLES if t != "conditioning"],
                         help="which tables to make; conditioning asks for a checkpoint of each kind")
     parser.add_argument("--output", type=nonempty_path, default=CHECKPOINTS / "results.csv", help="the file of results")
-    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
+    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
     add_scene_arguments(parser)
     return parser.parse_args()
 
@@ -81,7 +86,7 @@ def measure(model, alphas_cumprod, judge, setting, device, batch_size):
     sampling = Sampling(**{flag: setting[flag] for flag in Sampling._fields})
     guide = load_guide(CHECKPOINTS / f"{setting['guide']}.pth", setting["scale"], alphas_cumprod, device)
     start = time.time()
-    scenes = list(enumerate(sets))
+    scenes = list(enumerate(sets, start=1000 if setting["sets"] == "new_test" else 0))  # as lab6.sh numbers them
     batches = generate(model, alphas_cumprod, scenes, sampling, setting["seed"], device, batch_size, guide)
     images = torch.cat([images for _, images, _ in batches])
     measures = dict(seconds=time.time() - start, **judge(images, sets))
@@ -95,6 +100,7 @@ def main():
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     checkpoint = load_checkpoint(args.checkpoint, "p7_clevr", ["metrics", "config"])
     about = dict(checkpoint=digest_of(args.checkpoint),
+                 graders=graders(args.evaluator),
                  condition=checkpoint["config"]["network"]["condition"],
                  epochs=f"{checkpoint['metrics'][-1]['epoch']:g}")
     flags = dict(DEFAULTS, **sampling_of(args)._asdict(), weights=args.weights)
@@ -114,7 +120,8 @@ def main():
             print(rows[-1], flush=True)
             write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
         made = pd.DataFrame(rows).query("table == @name")
-        table = markdown(made.astype(dict.fromkeys(MEASURES, float)), ["condition", *FLAGS], MEASURES)
+        told = ["checkpoint", "graders", "condition", *FLAGS]
+        table = markdown(made.astype(dict.fromkeys(MEASURES, float)), told, MEASURES)
         print(f"\n{name}\n\n{table}\n", flush=True)
 
 

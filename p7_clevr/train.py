@@ -5,14 +5,14 @@
     python3 p7_clevr/train.py --data_dir DIR --dry_run         # two steps, to see that all is in place
     torchrun --nproc_per_node=4 p7_clevr/train.py --data_dir DIR
 
-DIR is a folder with train.json and the pictures, in folders or a zip file. Writes into --output_dir:
+DIR is a folder with train.json and the images, in folders or a zip file. Writes into --output_dir:
     last.pt         everything that --resume needs, every --save_every steps
     model.pt        the EMA weights in half precision and the configuration, for inference.py --checkpoint
-    metrics.jsonl   one line per checkpoint: loss (of v and of eps), loss per quarter of the timesteps, images/s
+    metrics.jsonl   one line per checkpoint: loss (of v, weighted, and of eps), that of v per quarter of the timesteps
     samples_*.png   a scene for each list of test.json from fixed noise
 
-4,896 steps of 256 pictures: six minutes on an H200 in bfloat16, 27 hours on one CPU core with AVX2, which manages 13
-pictures a second. The loss ends at 0.0143.
+4,896 steps of 256 images: six minutes on an H200 in bfloat16, 27 hours on one CPU core with AVX2, which manages 13
+images a second. The loss ends at 0.0143.
 """
 
 import sys
@@ -33,7 +33,7 @@ from transforms import as_input
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
+    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p7_clevr/output/scenes",
                         help="where checkpoints go")
     training.add_arguments(parser, epochs=96, batch_size=256, lr=8e-4, warmup=300, weight_decay=0.01, ema=0.999,
@@ -54,7 +54,7 @@ def parse_args():
     model.add_argument("--schedule", choices=["linear", "cosine"], default="cosine", help="noise schedule")
     model.add_argument("--timesteps", type=int_at_least(2), default=1000, help="T, the length of the noise schedule")
     model.add_argument("--shift", type=float_between(0.1, 10), default=3.0,
-                       help="factor of signal / noise at every timestep, as if pictures had that much more contrast")
+                       help="factor of signal / noise at every timestep, as if images had that much more contrast")
     return parser.parse_args()
 
 
@@ -89,7 +89,8 @@ def main():
         with autocast(device, process.dtype):
             t, loss = ddpm_loss(parallel, x0, condition, model.null(condition), alphas_cumprod, args.label_drop)
         means.add(loss_eps=loss * alphas_cumprod[t])
-        loss = loss * (args.shift**2 + (1 - args.shift**2) * alphas_cumprod[t]).float()  # of v of such pictures
+        # Of v, where the images have that contrast.
+        loss = loss * (args.shift**2 + (1 - args.shift**2) * alphas_cumprod[t]).float()
         training.update(parts, loss.mean(), training.warmup_cosine(step, total, args.warmup),
                         training.ema_decay(args.ema, step))
         means.add(loss=loss)

@@ -1,6 +1,6 @@
 """Trains the graders of scenes on the share of the stand-in's scenes that the generator never sees.
 
-    python3 p7_clevr/train_evaluator.py --data_dir DIR       # the evaluator; then the judge, and that of noisy pictures
+    python3 p7_clevr/train_evaluator.py --data_dir DIR       # the evaluator; then the judge, and that of noisy images
     python3 p7_clevr/train_evaluator.py --network encoder --optimizer adamw --epochs 130 --paste 0.3 --seed 1
     python3 p7_clevr/train_evaluator.py --network encoder --optimizer adamw --epochs 130 --paste 0.3 --noisy
 
@@ -33,21 +33,21 @@ SCHEDULE = dict(name="cosine", timesteps=1000, shift=3.0)  # the generator's
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the pictures")
+    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p7_clevr/output/evaluator",
                         help="where checkpoints go")
     training.add_arguments(parser, epochs=200, batch_size=64, lr=1e-3, warmup=100, weight_decay=0.05, ema=0.998,
                            save_every=1400)
     parser.set_defaults(optimizer="muon")
     parser.add_argument("--network", choices=sorted(NETWORKS), default="resnet18", help="which grader")
-    parser.add_argument("--noisy", action="store_true", help="train on noisy pictures, to guide")
+    parser.add_argument("--noisy", action="store_true", help="train on noisy images, to guide")
     parser.add_argument("--paste", type=float_between(0, 1), default=0.4,
-                        help="share of pictures that get the objects of another one as well")
+                        help="share of images that get the objects of another one as well")
     return parser.parse_args()
 
 
 def augment(x, labels, background, paste):
-    """Other pictures of the same objects: x (B, 3, 64, 64) in [-1, 1] and multi-hot labels (B, 24) -> the same.
+    """Other images of the same objects: x (B, 3, 64, 64) in [-1, 1] and multi-hot labels (B, 24) -> the same.
 
     Some get the objects of another one as well, that is what differs from the `background` (3, 64, 64), so that more
     than three occur. Mirrored, moved, stretched, brighter or darker, grainier: nothing that changes a shape or the name
@@ -97,7 +97,7 @@ def main():
     parts = training.make_parts(model, training.make_optimizers(model, args), process, saved)
     metrics, means = saved["metrics"] if saved else [], training.Means()
     parallel = training.distribute(model, process)
-    training.announce(f"{len(images)} pictures, {len(held_out_images)} held out", process, total, model)
+    training.announce(f"{len(images)} images, {len(held_out_images)} held out", process, total, model)
 
     for step in training.steps(args, process, saved, total):
         batch = training.batch_indices(step, len(images), args, process)

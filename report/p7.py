@@ -8,14 +8,14 @@ from utils import UserError
 import pandas as pd
 import torch
 
-from files import digest_of, load_checkpoint
+from files import digest_of, load_checkpoint, read_jsonl
 from p1_ddpm.inference import visited_timesteps
 from p1_ddpm.studies import means
 from p7_clevr.evaluator import Evaluator
 from p7_clevr.inference import SHIPPED, STRIP, generate, load_guide, number_scenes, strip_timesteps
 from p7_clevr.model import Level, load_model
 from p7_clevr.scenes import OBJECTS, multi_hot, official_sets
-from p7_clevr.studies import FLAGS, MEASURES, TABLES, sets_of
+from p7_clevr.studies import FLAGS, MEASURES, TABLES, graders, sets_of
 from report.p1 import losses
 from transforms import as_input
 
@@ -70,9 +70,10 @@ def scene_grid(path, images, sets, misses, columns=8):
 # --- The studies --------------------------------------------------------------------------------
 
 def read_results(path, checkpoint):
-    """The rows of results.csv that are about the file `checkpoint`; UserError when a table of TABLES is missing."""
+    """The rows of results.csv about the file `checkpoint` by the shipped graders; UserError when a table is missing."""
     rows = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
-    rows = rows[rows.checkpoint == digest_of(checkpoint)]
+    judged = rows.graders == graders(path.parent / "evaluator.pth", path.parent)
+    rows = rows[judged & (rows.checkpoint == digest_of(checkpoint))]
     lacking = [name for name in TABLES if name != "conditioning" and name not in set(rows.table)]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)} for {checkpoint}; run p7_clevr/studies.py")
@@ -115,9 +116,8 @@ def build(folder, checkpoints, device, quick):
     model, alphas_cumprod = load_model(checkpoint, device)
     rows = read_results(checkpoints / "results.csv", checkpoint)
     tables = {name: over_seeds(group) for name, group in rows.groupby("table")}
-    records = {name: [json.loads(line) for line in (checkpoints / f"{name}.jsonl").read_text().splitlines()]
-               for name in ("scenes", "evaluator", "judge", "noisy")}
-    graders = {name: Evaluator(checkpoints / f"{name}.pth", device) for name in ("evaluator", "judge")}
+    records = {name: read_jsonl(checkpoints / f"{name}.jsonl") for name in ("scenes", "evaluator", "judge", "noisy")}
+    networks = {name: Evaluator(checkpoints / f"{name}.pth", device) for name in ("evaluator", "judge")}
     shipped = SHIPPED._replace(steps=2) if quick else SHIPPED
     keep = strip_timesteps(visited_timesteps(shipped, alphas_cumprod))
 
@@ -135,11 +135,12 @@ def build(folder, checkpoints, device, quick):
                column_names=[f"t = {t}" for t in keep])
     accuracies = {}
     for (name, sets), own in zip(lists.items(), images[:-1].split([len(sets) for sets in lists.values()])):
-        scene_grid(folder / f"p7_{name}.svg", own, sets, missed(graders["evaluator"], own, sets))
-        accuracies[name] = {grader: network.eval(as_input(own), multi_hot(sets)) for grader, network in graders.items()}
+        scene_grid(folder / f"p7_{name}.svg", own, sets, missed(networks["evaluator"], own, sets))
+        accuracies[name] = {grader: network.eval(as_input(own), multi_hot(sets))
+                            for grader, network in networks.items()}
     others = [names for kind in ("held_out", "four", "five") for names in sets_of(kind)[:8]]
     own, _ = draw([(3000 + number, names) for number, names in enumerate(others)])
-    scene_grid(folder / "p7_others.svg", own, others, missed(graders["evaluator"], own, others))
+    scene_grid(folder / "p7_others.svg", own, others, missed(networks["evaluator"], own, others))
     first = [(1000 + number, names) for number, names in enumerate(lists["new_test"][:8])]
     scales = tables["classifier"].groupby("guide").scale.max()
     compared = {"w = 0": draw(first, shipped._replace(guidance=0.0))[0],
@@ -156,6 +157,6 @@ def build(folder, checkpoints, device, quick):
         minutes={name: sum(line["seconds"] for line in lines) / 60 for name, lines in records.items()},
         graders={name: records[name][-1]["accuracy"] for name in ("evaluator", "judge", "noisy")},
         grader_parameters={name: sum(p.numel() for p in network.network.parameters())
-                           for name, network in graders.items()},
+                           for name, network in networks.items()},
         accuracies=accuracies, strip=keep,
         tables={name: json.loads(table.to_json(orient="records")) for name, table in tables.items()})

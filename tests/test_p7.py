@@ -164,7 +164,7 @@ def write_data(folder, table, pictures=()):
     ({"a_000000_0.png": [["red cube"]]}, "none of the 24 objects"),
     ({"a.png": ["red cube"]}, "not like CLEVR_train_000000_0"),
     ({"a_000000_0.png": ["red cube"], "a_000001_0.png": ["red cube"]}, "lacks 1 of the 2 .*a_000001_0.png; add"),
-    ([], "no table of pictures"), ("{", "is no JSON file"), ({"a_000019_0.png": ["red cube"]}, "names no scene")])
+    ([], "no table of images"), ("{", "is no JSON file"), ({"a_000019_0.png": ["red cube"]}, "names no scene")])
 def test_bad_tables_are_refused(tmp_path, table, message):
     folder = write_data(tmp_path / "data", table, ["a_000000_0.png"])
     with pytest.raises(UserError, match=message):
@@ -245,7 +245,7 @@ def test_foreign_evaluators_are_refused(tmp_path, evaluator_file):
     save_checkpoint(tmp_path / "noisy.pth", config=dict(network="encoder", schedule=dict(timesteps=10)),
                     model=NETWORKS["encoder"]().state_dict())
     for name, message in (("foreign", "does not hold the weights"), ("imagenet", "do not fit ResNet18"),
-                          ("cut", "damaged"), ("gone", "there is no evaluator"), ("noisy", "on noisy pictures")):
+                          ("cut", "damaged"), ("gone", "there is no evaluator"), ("noisy", "on noisy images")):
         with pytest.raises(UserError, match=message):
             Evaluator(tmp_path / f"{name}.pth")
 
@@ -566,7 +566,7 @@ def test_the_lab_writes_what_the_course_asks_for(tmp_path, lab, capsys):
     assert strip.shape == (68, 8 * 66 + 2, 3)
     assert strip[2:66, 2:66].std() > strip[2:66, -66:-2].std()  # noise comes first
     out = capsys.readouterr().out
-    assert re.search(r"^test: accuracy 0\.\d{4} \(32 pictures\)\nnew_test: accuracy 0\.\d{4} \(32 pictures\)\n", out)
+    assert re.search(r"^test: accuracy 0\.\d{4} \(32 images\)\nnew_test: accuracy 0\.\d{4} \(32 images\)\n", out)
 
 
 def test_any_wish_is_drawn_eight_times(tmp_path, lab, capsys):
@@ -668,24 +668,28 @@ def test_the_judge_tells_real_pictures_from_noise(shipped, data_dir):
     assert math.isnan(four["frechet_ratio"])  # real pictures show three at most
 
 
-def test_evaluate_script(shipped, data_dir, lab, tmp_path, capsys):
+def test_evaluate_script(shipped, data_dir, lab, tmp_path, capsys, monkeypatch):
     lab(tmp_path / "out")
     capsys.readouterr()
-    monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "out"), "--data_dir", str(data_dir), "--evaluator",
                                       str(shipped / "evaluator.pth")])
     monkeypatch.setattr(evaluate.Judge.__init__, "__defaults__", ("cpu", *[shipped / "judge.pth"] * 2))
     evaluate.main()
     out = capsys.readouterr().out
     assert re.search(r"^test: accuracy 0\.\d{4}, by the judge 0\.\d{4}; objects too many in \d+ % of the ", out)
-    assert "times that of real pictures" in out and "of real pictures: 1" in out
+    assert "times that of real images" in out and "of real images: 1" in out
     os.remove(tmp_path / "out/images/test/7.png")
     with pytest.raises(UserError, match="there is no image .*7.png"):
         evaluate.main()
-    monkeypatch.undo()
+    for name in "test", "new_test":
+        (tmp_path / f"{name}.json").write_text('[["red cube"], ["red cube", "cyan sphere"], ["gray cube"]]')
+    lab(tmp_path / "others", "--data_dir", tmp_path)
+    sys.argv[1:2] = [str(tmp_path / "others"), "--conditions", str(tmp_path)]
+    evaluate.main()
 
 
-def test_a_study_measures_each_setting_once(shipped, data_dir, checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_study_measures_each_setting_once(shipped, evaluator_file, data_dir, checkpoint, tmp_path, monkeypatch,
+                                            capsys):
     monkeypatch.setattr(evaluate.Judge.__init__, "__defaults__", ("cpu", *[shipped / "judge.pth"] * 2))
     monkeypatch.setattr(studies, "TABLES", {
         "scale": studies.each("choice", (1, 2), dict(scale=0.0), dict(scale=0.1, guide="noisy")),
@@ -703,6 +707,9 @@ def test_a_study_measures_each_setting_once(shipped, data_dir, checkpoint, tmp_p
     assert rows.accuracy.between(0, 1).all() and rows.frechet_ratio.isna().tolist() == [False] * 5 + [True]
     call(studies, *flags)
     assert len(measured) == 5 and len(studies.pd.read_csv(tmp_path / "results.csv")) == 6
+    capsys.readouterr()
+    call(studies, *flags, "--evaluator", evaluator_file, "--tables", "five")  # another grader: measured anew
+    assert len(measured) == 6 and "±" not in capsys.readouterr().out
 
 
 def test_tables_vary_flags_and_report_what_took_part_in_no_choice():
@@ -711,7 +718,7 @@ def test_tables_vary_flags_and_report_what_took_part_in_no_choice():
     judge = evaluate.Judge.__new__(evaluate.Judge)
     judge.sets = [["red cube"]] * 400
     kinds = {kind: studies.sets_of(kind, judge) for kind in ("choice", "held_out", "test", "new_test", "four", "five")}
-    assert [len(sets) for sets in kinds.values()] == [64, 100, 32, 32, 32, 32]
+    assert [len(sets) for sets in kinds.values()] == [160, 100, 32, 32, 32, 32]
     assert len(studies.sets_of("real", judge)) == 150
     choice = {frozenset(names) for names in kinds.pop("choice")}
     assert all(choice.isdisjoint(map(frozenset, sets)) for sets in kinds.values())
@@ -742,7 +749,7 @@ def test_the_shipped_setting_is_the_one_that_the_rule_picks():
     """The rule that the report's appendix tells."""
     folder = ROOT / "p7_clevr/checkpoints"
     rows = p7.read_results(folder / "results.csv", folder / "scenes.pt").query("table in ['guidance', 'steps']")
-    best = rows[rows.accuracy > rows.accuracy.max() - 1.5 / 160].drop_duplicates(studies.FLAGS)  # 64 sets, 160 labels
+    best = rows[rows.accuracy > rows.accuracy.max() - 1.5 / 400].drop_duplicates(studies.FLAGS)  # 160 sets, 400 labels
     best = best[best.steps.astype(int) == best.steps.astype(int).min()]
     best = best[best.accuracy == best.accuracy.max()]
     assert best[list(Sampling._fields)].to_dict("records") == [
@@ -767,7 +774,8 @@ def chapter(tmp_path, graders, evaluator_file):
         training.write_jsonl(folder / f"{name}.jsonl", lines)
     rng = np.random.default_rng(0)
     studies.pd.DataFrame(
-        [dict(table=table, checkpoint=digest_of(folder / "scenes.pt"), condition="tokens", epochs=4,
+        [dict(table=table, checkpoint=digest_of(folder / "scenes.pt"), epochs=4, condition="tokens",
+              graders=studies.graders(folder / "evaluator.pth", folder),
               **studies.as_text({**studies.DEFAULTS, **changes}, studies.FLAGS), **dict.fromkeys(studies.MEASURES, 0.5))
          | dict(accuracy=rng.uniform(0.5, 1)) for table, rows in studies.TABLES.items() if table != "conditioning"
          for changes in rows]).to_csv(folder / "results.csv", index=False)
