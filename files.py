@@ -99,6 +99,11 @@ def read_json(path):
         raise UserError(f"{path} is no JSON file ({error}); mend it, or fetch it again")
 
 
+def read_jsonl(path):
+    """The rows of a training's record, a list of dicts."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def write_atomic(path, data):
     """Writes the bytes `data` to the file `path`, at the end of its links: whole or not at all, or UserError.
 
@@ -122,6 +127,11 @@ def write_atomic(path, data):
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path} ({error.strerror}); make room, or name another place")
         raise
+
+
+def write_jsonl(path, rows):
+    """Writes one JSON object a line, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def save_png(path, image):

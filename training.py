@@ -17,7 +17,6 @@ the optimiser's state and the number of the step.
 import copy
 import functools
 import inspect
-import json
 import math
 import os
 import time
@@ -30,11 +29,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from files import load_checkpoint, lock, make_output_dir, save_checkpoint, save_png, write_atomic
+from files import load_checkpoint, lock, make_output_dir, save_checkpoint, save_png, write_jsonl
 from utils import UserError, add_amp_argument, amp_dtype, cpu_has_bfloat16, float_between, int_at_least, pick_device
 
-# Flags that say where and how a training runs, and do not change what comes out.
-NOT_RECIPE = ("data_dir", "output_dir", "resume", "dry_run", "device", "amp", "save_every", "gradient_checkpointing")
+# Flags that say where and how a training runs; what comes out depends on the images in data_dir, not on its name.
+NOT_RECIPE = ("data_dir", "output_dir", "resume", "dry_run", "device", "amp", "save_every", "sample_every",
+              "gradient_checkpointing")
 
 
 class Process(NamedTuple):
@@ -188,8 +188,14 @@ def seed_all(*keys):
 
 
 def steps(args, process, saved, total):
-    """Yields the steps that are left of `total`, each with random numbers of (seed, step, rank); two in a dry run."""
+    """Yields the steps that are left of `total`, each with random numbers of (seed, step, rank); two in a dry run.
+
+    UserError when the training to go on with has had epochs of another length.
+    """
     first = saved["step"] if saved else 0
+    if saved and not args.dry_run and abs(saved["metrics"][-1]["epoch"] - first * args.epochs / total) > 1e-3:
+        raise UserError(f"{args.output_dir / 'last.pt'} was trained on another number of images than --data_dir holds; "
+                        "resume it with the same data")
     stop = first + 2 if args.dry_run else total
     for step in tqdm(range(first, stop), "training", total=stop, initial=first, unit="step",
                      disable=process.rank != 0 or None):
@@ -402,8 +408,3 @@ def save_training(output_dir, parts, step, **description):
     save_checkpoint(output_dir / "last.pt", **description, step=step + 1, ema=parts.ema.state_dict(),
                     model=parts.model.state_dict(), optimizer=[o.state_dict() for o in parts.optimizers],
                     scaler=parts.scaler.state_dict())
-
-
-def write_jsonl(path, rows):
-    """Writes one JSON object a line, whole or not at all."""
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

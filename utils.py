@@ -64,12 +64,9 @@ class Output:
 
 
 def run(main):
-    """Calls `main()` as a script's body.
-
-    A UserError, and an error of the file system such as a full disk, becomes one sentence on stderr and exit
-    status 2; an interrupt (Ctrl-C, SIGTERM, a closed terminal) removes temporary files on its way out with exit
-    status 130.
-    """
+    """Calls `main()` as a script's body. A UserError, or an error of the file system such as a full disk, becomes one
+    sentence on stderr and exit status 2; an interrupt (Ctrl-C, SIGTERM, a closed terminal) removes temporary files on
+    its way out with exit status 130."""
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows knows no SIGHUP
         if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it, and so it stays
@@ -77,7 +74,10 @@ def run(main):
     status = 0
     with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
         try:
-            main()
+            try:
+                main()
+            except SystemExit as stop:  # argparse's, and what a script says by its status
+                status = stop.code or 0
             sys.stdout.flush()
             if sys.stdout.error:
                 raise sys.stdout.error
@@ -224,6 +224,6 @@ def require_finite(values, names):
     """`values` (B, ...) as they are; UserError with the first of the B `names` whose values hold NaN or infinity."""
     finite = values.flatten(1).isfinite().all(dim=1).tolist()
     if not all(finite):
-        raise UserError(f"{names[finite.index(False)]} comes out as NaN: the weights are broken, or --amp exceeds its "
-                        "range; try another --checkpoint, or --amp off")
+        raise UserError(f"{names[finite.index(False)]} comes out as NaN: the weights are broken, or a precision "
+                        "that --amp has chosen is too low for them; try another --checkpoint")
     return values

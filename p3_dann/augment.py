@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from transforms import random_affine, uniform
 
 # What the ablation can leave out.
-PARTS = ("backgrounds", "geometry", "neighbours", "sharpness", "solarize", "posterize", "intensity", "cutout")
+STRONG_PARTS = ("solarize", "posterize", "cutout")
+PARTS = ("backgrounds", "geometry", "neighbours", "sharpness", "intensity", *STRONG_PARTS)
 
 
 class Augmentation(NamedTuple):
@@ -105,7 +106,7 @@ def random_intensity(images, scale=(0.25, 1.5), offset=0.5, noise=0.1):
     return images + torch.randn_like(images) * uniform(0, noise, count, device)
 
 
-def some(images, changed, share):
+def for_a_share(images, changed, share):
     """`changed` instead of `images` (N, ...) for a random `share` of them."""
     return torch.where(uniform(0, 1, len(images), images.device) < share, changed, images)
 
@@ -141,7 +142,7 @@ def views(images):
 def weakly(images):
     """uint8 (N, 3, 28, 28) to standardized float (N, 1, 28, 28), of either polarity, moved and magnified a little."""
     images = standardize(random_affine(grey(images), zoom=(0.9, 1.1), shift=0.15))
-    return some(images, -images, 0.5)
+    return for_a_share(images, -images, 0.5)
 
 
 def augment(images, domain, without=(), strong=False):
@@ -154,7 +155,8 @@ def augment(images, domain, without=(), strong=False):
     if "geometry" not in without:
         images = F.pad(images, [kind.margin] * 4)
     plain = grey(images)
-    images = some(plain, on_backgrounds(images), 0.5) if kind.backgrounds and "backgrounds" not in without else plain
+    painted = kind.backgrounds and "backgrounds" not in without
+    images = for_a_share(plain, on_backgrounds(images), 0.5) if painted else plain
     if "geometry" not in without:
         if kind.neighbours and "neighbours" not in without:
             images = row_of_digits(images, kind.neighbours)
@@ -163,9 +165,9 @@ def augment(images, domain, without=(), strong=False):
     if "sharpness" not in without:
         images = random_sharpness(images)
     if strong and "solarize" not in without:
-        images = some(images, solarize(images), 0.25)
+        images = for_a_share(images, solarize(images), 0.25)
     if strong and "posterize" not in without:
-        images = some(images, posterize(images), 0.25)
+        images = for_a_share(images, posterize(images), 0.25)
     images = standardize(images)
     if "intensity" not in without:
         images = random_intensity(images)

@@ -51,17 +51,17 @@ def confident(answers, level=0.9):
 
 def label_free_scores(model, recipe, target, data_dir, count=2000):
     """{name of SCORES: its value} of a network as it predicts `target`; looks at `count` images of a domain at most."""
-    def some(images):
+    def thinned(images):
         return images[::math.ceil(len(images) / count)]
 
-    answers = predict(model, some(load_split(data_dir, target, "train", labelled=False)[0]))
+    answers = predict(model, thinned(load_split(data_dir, target, "train", labelled=False)[0]))
     scores = dict(infomax=infomax(answers), density=neighbourhood_density(answers), confident=confident(answers))
-    if "source" in METHODS[recipe["method"]].domains:
+    if "source" in METHODS[recipe["method"]].roles:
         if not METHODS[recipe["method"]].two_views:  # it predicts each domain with that domain's statistics
             model = copy.deepcopy(model)
-            adapt_statistics(model, some(load_split(data_dir, recipe["source"], "train", labelled=False)[0]))
+            adapt_statistics(model, thinned(load_split(data_dir, recipe["source"], "train", labelled=False)[0]))
         images, labels, _ = load_split(data_dir, recipe["source"], "val")
-        scores["source_validation"] = accuracy(model, some(images), some(labels))
+        scores["source_validation"] = accuracy(model, thinned(images), thinned(labels))
     return {name: round(value, 4) for name, value in scores.items()}
 
 

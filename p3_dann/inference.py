@@ -37,11 +37,11 @@ from p3_dann.model import load_model
 from p3_dann.prediction import predict
 
 ASSIGNMENTS = {"2023": PAIRS, "2020": PAIRS_2020}
-METHODS = ("dann", "adamatch")
+SHIPPED_METHODS = ("dann", "adamatch")
 # {(assignment, method, domain): the name of the network that answers}; 2023's for mnistm has learned it with labels.
 NETWORKS = {(assignment, method, target): run_name(method, source, target) for assignment, pairs in ASSIGNMENTS.items()
-            for method in METHODS for source, target in pairs}
-NETWORKS |= {("2023", method, "mnistm"): run_name("source_only", *PAIRS[0]) for method in METHODS}
+            for method in SHIPPED_METHODS for source, target in pairs}
+NETWORKS |= {("2023", method, "mnistm"): run_name("source_only", *PAIRS[0]) for method in SHIPPED_METHODS}
 CHECKPOINTS = ROOT / "p3_dann/checkpoints"
 
 
@@ -51,7 +51,7 @@ def parse_args():
     parser.add_argument("domain", nargs="?", choices=DOMAINS, metavar="target", help="what the images are, as --target")
     parser.add_argument("pred_csv", type=nonempty_path, help="the CSV file to write: image_name,label")
     parser.add_argument("--target", choices=["auto", *DOMAINS], default="auto", help="what the images are")
-    parser.add_argument("--method", choices=METHODS, default="dann", help="how the network has learned")
+    parser.add_argument("--method", choices=SHIPPED_METHODS, default="dann", help="how the network has learned")
     parser.add_argument("--assignment", choices=ASSIGNMENTS, default="2023", help="whose pairs of domains")
     parser.add_argument("--checkpoint", type=nonempty_path, help="a model.pt of train.py, whatever the target")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")

@@ -40,7 +40,7 @@ def sees(labelled, unlabelled=(), two_views=False, flags=(), network={}, default
     def enter(method):
         method.labelled, method.unlabelled, method.two_views = labelled, tuple(unlabelled), two_views
         method.flags, method.network, method.defaults = tuple(flags), network, defaults
-        method.domains = (labelled, *unlabelled)
+        method.roles = (labelled, *unlabelled)
         METHODS[method.__name__] = method
         return method
     return enter
@@ -49,12 +49,12 @@ def sees(labelled, unlabelled=(), two_views=False, flags=(), network={}, default
 def run_name(method, source, target):
     """'mnistm_svhn_dann', 'svhn_target_only': the domains that a method sees and its name, which name its files."""
     domains = dict(source=source, target=target)
-    return "_".join([*(domains[role] for role in METHODS[method].domains), method])
+    return "_".join([*(domains[role] for role in METHODS[method].roles), method])
 
 
 def predicted_domain(recipe):
     """The domain that a network trained by `recipe` predicts best: the last one that its method sees."""
-    return recipe[METHODS[recipe["method"]].domains[-1]]
+    return recipe[METHODS[recipe["method"]].roles[-1]]
 
 
 class Objective(nn.Module):

@@ -1,6 +1,6 @@
 """Trains a network of problem 3 by DANN (Ganin et al., JMLR 2016) or one of the methods beside it, see methods.py.
 
-    python3 p3_dann/train.py --target svhn --method dann         # MNIST-M -> SVHN: 80 to 82 %, 4 minutes on 2 CPU cores
+    python3 p3_dann/train.py --target svhn --method dann         # MNIST-M -> SVHN: 80 to 82 %, 7 to 12 minutes
     python3 p3_dann/train.py --target svhn --method adamatch     # by pseudo-labels (Berthelot et al., ICLR 2022)
     python3 p3_dann/train.py --source svhn --target usps         # any two of mnistm, svhn and usps
     python3 p3_dann/train.py --target svhn --method source_only  # the lower bound: source labels, no target images
@@ -39,7 +39,7 @@ import torch
 
 import training
 from dataset import DOMAINS
-from p3_dann.augment import PARTS
+from p3_dann.augment import PARTS, STRONG_PARTS
 from p3_dann.batches import draw_batch, load_training_images
 from p3_dann.methods import ADAMATCH_PARTS, METHODS, Objective, predicted_domain, run_name
 from p3_dann.model import Dann
@@ -62,8 +62,9 @@ def parse_args():
     parser.add_argument("--threshold", type=float_between(0, 1), default=0.9,
                         help="adamatch counts a target image above this share of the mean confidence on the source")
     parser.add_argument("--without", nargs="+", choices=PARTS, default=[],
-                        help="parts of the augmentation to leave out, to see what they give")
-    parser.add_argument("--leave_out", nargs="+", choices=ADAMATCH_PARTS, default=[], help="the same of adamatch")
+                        help="parts of the augmentation to do without, to see what they give")
+    parser.add_argument("--leave_out", nargs="+", choices=ADAMATCH_PARTS, default=[],
+                        help="parts of adamatch's loss to do without, to see what they give")
     parser.set_defaults(**METHODS[parser.parse_args().method].defaults)
     args = parser.parse_args()
     method = METHODS[args.method]
@@ -71,6 +72,9 @@ def parse_args():
               if getattr(args, flag) != parser.get_default(flag) and flag not in method.flags]
     if unused:
         raise UserError(f"--method {args.method} has no --{unused[0]}")
+    strong = [part for part in args.without if part in STRONG_PARTS and not method.two_views]
+    if strong:
+        raise UserError(f"--method {args.method} has no strong view, so it is always --without {strong[0]}")
     name = f"{run_name(args.method, args.source, args.target)}_s{args.seed}"
     args.output_dir = args.output_dir or ROOT / "p3_dann/output" / name
     return args

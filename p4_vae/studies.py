@@ -5,8 +5,8 @@
 
 Trains with each of --betas into a folder of --output_dir, unless that is done (an interrupted training goes on), judges
 1,000 samples of N(0, I) and of the fitted prior as face_grader.py does, which needs its packages, and writes a row each
-into --output. Prints the table as Markdown. --figures: the learning curve and the t-SNE embedding of the validation
-faces' mean latents, of the last of --betas.
+into --output, where rows of other betas stay. Prints the table as Markdown. --figures: the learning curve and the t-SNE
+embedding of the validation faces' mean latents, of the last of --betas.
 """
 
 import subprocess
@@ -23,8 +23,8 @@ import pandas as pd
 from sklearn.manifold import TSNE
 
 import plots
-from face_grader import Judge
-from faces import add_arguments, read_attributes, read_faces, split_faces
+from face_grader import Judge, require_judges
+from faces import add_arguments, attributes_of, read_attributes, read_faces, split_faces
 from files import check_output_file, load_checkpoint, make_output_dir, write_atomic
 from p4_vae.evaluate import evaluate
 from p4_vae.inference import generate
@@ -32,6 +32,7 @@ from p4_vae.latents import encode_all
 from p4_vae.model import load_model
 
 MEASURES = {"mse": 4, "kl": 1, "face_rate": 3, "kid": 5, "frechet": 4, "diversity": 3}  # decimals
+SHOWN = ["Male", "Smiling"]  # the attributes that colour the embedding
 
 
 def parse_args():
@@ -104,18 +105,22 @@ def draw_embedding(path, points, has):
 
 def draw_figures(folder, training, args):
     """Writes curves.svg and tsne.svg of the training in the folder `training` into `folder`."""
-    make_output_dir(folder)
     draw_curves(folder / "curves.svg", load_checkpoint(training / "last.pt", "p4_vae", ["metrics"])["metrics"])
     if args.attributes:
         model, _ = load_model(training / "model.pt")
         _, validation = split_faces(read_faces(args.data_dir))
-        table = read_attributes(args.attributes).loc[validation.numbers.tolist(), ["Male", "Smiling"]]
+        table = attributes_of(validation, read_attributes(args.attributes), SHOWN)
         draw_embedding(folder / "tsne.svg", embed(model, validation), dict(table))
 
 
 def main():
     args = parse_args()
     check_output_file(args.output)
+    require_judges(not args.no_identity)  # before hours of training
+    if args.figures:
+        make_output_dir(args.figures)
+    if args.attributes:
+        attributes_of(split_faces(read_faces(args.data_dir))[1], read_attributes(args.attributes), SHOWN)
     for beta in args.betas:
         train(args.output_dir / beta, beta, args)
     if args.figures:
@@ -123,6 +128,9 @@ def main():
     judge = Judge(args.data_dir, not args.no_identity)
     rows = [row for beta in args.betas for row in measure(args.output_dir / beta, beta, judge, args.count)]
     rows = pd.DataFrame(rows)
+    if args.output.exists():
+        old = pd.read_csv(args.output, dtype=dict(beta=str))
+        rows = pd.concat([old[~old.beta.isin(args.betas)], rows])
     write_atomic(args.output, rows.to_csv(index=False).encode())
     lines = [list(rows.columns), ["---"] * rows.shape[1], *rows.astype(str).values.tolist()]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))

@@ -31,7 +31,7 @@ import training
 from faces import add_arguments, read_attributes, read_faces, split_faces
 from p4_vae.elbo import D, automatic_beta, kl_divergence, squared_errors
 from p4_vae.latents import attribute_directions, encode_all, fit_mixture
-from p4_vae.model import VAE
+from p4_vae.model import PIXELS, VAE
 from transforms import random_mirror
 
 
@@ -85,9 +85,9 @@ def main():
     process, saved = training.start(args, "p4_vae")
     device = process.device
     faces, held_out = split_faces(read_faces(args.data_dir))
-    if len(faces.images) <= args.latents:
-        raise UserError(f"--latents {args.latents} need more than {len(faces.images)} training faces (8001 to 9000 are "
-                        "kept for validation); name more faces, or take fewer latents")
+    if args.latents >= min(len(faces.images) - 1, PIXELS):  # they are principal components, and leave an error
+        raise UserError(f"--latents {args.latents} are too many for {len(faces.images)} training faces (8001 to 9000 "
+                        f"are kept for validation) of {PIXELS} values; name more, or take fewer")
     images = faces.images.to(device)
     per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch

@@ -5,6 +5,7 @@ Which share of the images is changed follows from how much the discriminator ove
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -63,5 +64,8 @@ class DiffAugment(nn.Module):
 
         It takes `images` real images from 0 to 1. Beyond `highest` generated images would come out augmented.
         """
-        step = len(real_logits) / images * (real_logits.sign().mean() - target).sign()
-        self.share.add_(step).clamp_(0, highest)
+        mean, count = real_logits.sign().mean(), len(real_logits)
+        if dist.is_available() and dist.is_initialized():  # one share for all processes
+            dist.all_reduce(mean)
+            mean, count = mean / dist.get_world_size(), count * dist.get_world_size()
+        self.share.add_(count / images * (mean - target).sign()).clamp_(0, highest)

@@ -18,6 +18,7 @@ from utils import (UserError, argument_parser, image_generators, in_batches, int
 import torch
 
 from faces import check_picture, save_faces
+from files import make_output_dir
 from p5_gan.model import CHECKPOINT, load_model
 
 
@@ -55,6 +56,8 @@ def main():
     if args.grid:
         check_picture(args.grid)
     model = load_model(args.checkpoint, pick_device(args.device))
+    if args.output_dir:
+        make_output_dir(args.output_dir)
     images = generate(model, range(args.count), args.seed, args.batch_size)
     save_faces(images, args.output_dir, args.grid)
 

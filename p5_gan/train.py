@@ -55,7 +55,9 @@ def make_optimizers(network, args):
 
 
 def gradient_norm(network):
-    return torch.stack([parameter.grad.norm() for parameter in network.parameters()]).norm()
+    """The norm of the whole gradient, (1,); (0,) where it overflows, a step that the loss scaler of float16 skips."""
+    norm = torch.stack([parameter.grad.norm() for parameter in network.parameters()]).norm()[None]
+    return norm[norm.isfinite()]
 
 
 def sample_grid(generator, device):

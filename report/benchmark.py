@@ -1,4 +1,4 @@
-"""Wall time and peak memory of every wrapper and of a training of every chapter, alone and beside a busy process.
+"""Wall time and peak memory of 2023's wrappers and of a training of each problem, alone and beside a busy process.
 
     python3 report/benchmark.py                         # half an hour on 2 CPU cores; nothing else should run there
     python3 report/benchmark.py --quick                 # two minutes: fewer images and steps; prints, writes nothing
@@ -16,7 +16,6 @@ which cost what trained ones cost; it draws one face of 256x256 in 5 steps, whil
 """
 
 import contextlib
-import json
 import os
 import platform
 import re
@@ -38,7 +37,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from files import check_output_file, write_atomic
+from files import check_output_file, read_jsonl, write_atomic
 from UNet import UNet
 
 
@@ -118,7 +117,7 @@ def measure(command, folder):
     seconds, memory = map(float, output.split())
     record = folder / "out/metrics.jsonl"
     if record.exists():
-        seconds = sum(json.loads(line).get("seconds", 0) for line in record.read_text().splitlines())
+        seconds = sum(row.get("seconds", 0) for row in read_jsonl(record))
     return seconds, memory / 1024 / (1024 if sys.platform == "darwin" else 1)  # macOS counts in bytes, Linux in KiB
 
 

@@ -154,7 +154,7 @@ def main():
         raise UserError("the package typst is missing; run: python3 -m pip install -r requirements-dev.txt")
     device = pick_device(args.device)
     folder = make_output_dir(args.output_dir / "report/build")
-    wanted = {name: ASSIGNMENTS[name] for name in args.assignment if args.only in (None, *ASSIGNMENTS[name].parts)}
+    wanted = {name: ASSIGNMENTS[name] for name in args.assignment}
     for name in PARTS:
         if args.only in (None, name) and any(name in assignment.parts for assignment in wanted.values()):
             make_part(name, folder, device, args)

@@ -2,7 +2,7 @@
 
 import json
 
-from files import digest_of, load_checkpoint, save_png
+from files import digest_of, load_checkpoint, read_jsonl, save_png
 from plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEXT_WIDTH, VERMILION, image_grid, plt, save
 from utils import UserError, image_generators, randn, to_uint8
 
@@ -264,7 +264,7 @@ def build(folder, checkpoints, data_dir, device, quick):
     for name, maker in ("metrics.jsonl", "train.py"), ("results.csv", "studies.py"):
         if not (checkpoints / name).exists():
             raise UserError(f"there is no {checkpoints / name}; p1_ddpm/{maker} makes it")
-    metrics = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_jsonl(checkpoints / "metrics.jsonl")
     checkpoint = checkpoints / "ddpm.pt"
     model, alphas_cumprod = load_model(checkpoint, device)
     rows = read_results(checkpoints / "results.csv", checkpoint, len(alphas_cumprod) - 1)

@@ -1,9 +1,8 @@
 """2024's problem 1 in the report: digits of MNIST-M and SVHN by one network."""
 
-import json
 
 from dataset import DOMAIN_NAMES
-from files import load_checkpoint
+from files import load_checkpoint, read_jsonl
 from plots import BLUE, ORANGE, image_grid, plt, save
 from utils import UserError
 
@@ -35,7 +34,7 @@ def build(folder, checkpoints, data_dir, device, quick):
     checkpoint, record = checkpoints / "mnistm_svhn.pt", checkpoints / "mnistm_svhn.jsonl"
     if not record.exists():
         raise UserError(f"there is no {record}; it is the metrics.jsonl of p1_ddpm/train.py --domains mnistm svhn")
-    metrics = [json.loads(line) for line in record.read_text().splitlines()]
+    metrics = read_jsonl(record)
     model, alphas_cumprod = load_model(checkpoint, device)
     content, domains = load_checkpoint(checkpoint, "p1_ddpm", ["recipe", "config"]), domains_of(checkpoint)
     architecture(folder / "p1_domains_architecture.svg", model)

@@ -3,6 +3,7 @@
 import json
 
 from dataset import DOMAIN_NAMES, load_split
+from files import read_jsonl
 from plots import (BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, draw_digits, draw_domains, image_grid, plt, save)
 from utils import UserError
 
@@ -164,7 +165,7 @@ def build(folder, checkpoints, data_dir, device, quick):
         name = run_name("dann", *pair)
         before[pair], _ = load_model(checkpoints / f"{run_name('source_only', *pair)}.pt", device)
         after[pair], _ = load_model(checkpoints / f"{name}.pt", device)
-        metrics[pair] = [json.loads(line) for line in (checkpoints / f"{name}.jsonl").read_text().splitlines()]
+        metrics[pair] = read_jsonl(checkpoints / f"{name}.jsonl")
     embeddings, distances = latent_space(before, after, data_dir, 40 if quick else 1000)
     tsne_figure(folder / "p3_tsne.svg", embeddings)
     strip_picture(folder / "p3_strip.png", embeddings[PAIRS[0]]["after"])

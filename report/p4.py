@@ -8,15 +8,14 @@ from utils import UserError
 import pandas as pd
 import torch
 
-from faces import read_attributes, test_faces
-from files import load_checkpoint
+from faces import attributes_of, read_attributes, test_faces
+from files import load_checkpoint, read_jsonl
 from p4_vae.evaluate import evaluate
 from p4_vae.inference import generate, reconstruct
 from p4_vae.model import load_model
-from p4_vae.studies import draw_curves, draw_embedding, embed
+from p4_vae.studies import SHOWN, draw_curves, draw_embedding, embed
 from report.layers import draw_chains, trace
 
-ATTRIBUTES = ["Male", "Smiling"]  # gender and smile
 
 
 def architecture(path, model):
@@ -38,7 +37,7 @@ def build(folder, checkpoints, source, attributes, device, quick):
     for name in "metrics.jsonl", "results.csv":
         if not (checkpoints / name).exists():
             raise UserError(f"there is no {checkpoints / name}; p4_vae/studies.py makes it")
-    metrics = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_jsonl(checkpoints / "metrics.jsonl")
     model, latents = load_model(checkpoints / "vae.pt", device)
     content = load_checkpoint(checkpoints / "vae.pt", "p4_vae", ["recipe", "config"])
     faces = test_faces([source])
@@ -51,7 +50,7 @@ def build(folder, checkpoints, source, attributes, device, quick):
                column_names=[f"{error:.4f}" for error in errors.tolist()], width=TEXT_WIDTH)
     for name, mixture in ("p4_samples", None), ("p4_fitted", latents["mixture"]):
         image_grid(folder / f"{name}.svg", generate(model, range(32), 0, mixture), 8, width=4)
-    has = read_attributes(attributes).loc[faces.numbers.tolist(), ATTRIBUTES]
+    has = attributes_of(faces, read_attributes(attributes), SHOWN)
     draw_embedding(folder / "p4_tsne.svg", embed(model, faces), dict(has))
     rows_of_study = pd.read_csv(checkpoints / "results.csv", dtype=dict(beta=str))
     mse, kl = evaluate(model, faces.images)

@@ -9,7 +9,7 @@ from utils import UserError
 import pandas as pd
 import torch
 
-from files import load_checkpoint
+from files import load_checkpoint, read_jsonl
 from p2_ddim.ddim import sample, stretch
 from p2_ddim.inference import find_noises, load_noise
 from p2_ddim.model import load_model as load_unet
@@ -71,7 +71,7 @@ def build(folder, chapters, device, quick):
     for name, maker in makers.items():
         if not (checkpoints / name).exists():
             raise UserError(f"there is no {checkpoints / name}; p5_gan/{maker} makes it")
-    metrics = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_jsonl(checkpoints / "metrics.jsonl")
     generator = load_model(checkpoints / "gan.pt", device)
     content = load_checkpoint(checkpoints / "gan.pt", "p5_gan", ["recipe", "config"])
     discriminator = Discriminator(content["config"]["channels"]).eval()

@@ -4,10 +4,10 @@
     python3 report/readme.py --check     # writes nothing; exit status 2 when a number is stale
 
 A number stands between two comments, which Markdown does not show: <!-- p1.accuracy -->99.8<!-- -->. It comes from
-the results.csv (of p5_gan: faces.csv) in the chapters' checkpoints/, or from report/benchmark.csv.
+the results.csv (of p5_gan: faces.csv) and the records *.jsonl in the chapters' checkpoints/, or from
+report/benchmark.csv.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ from utils import UserError, argument_parser, run
 
 import pandas as pd
 
-from files import digest_of, write_atomic
+from files import digest_of, read_jsonl, write_atomic
 from p1_ddpm.inference import CHECKPOINT, SHIPPED, SHIPPED_2024
 from p1_ddpm.studies import FLAGS, as_text
 from p3_dann.methods import ALL_PAIRS, PAIRS, run_name
@@ -123,7 +123,7 @@ def p7_numbers():
                                                     f"{values.iloc[0]:.{decimals}f}")
             numbers[f"p7.{table}.{sets}.count"] = str(len(group))
     for name in "scenes", "evaluator", "judge", "noisy":
-        lines = [json.loads(line) for line in (checkpoints / f"{name}.jsonl").read_text().splitlines()]
+        lines = read_jsonl(checkpoints / f"{name}.jsonl")
         numbers[f"p7.{name}.minutes"] = f"{sum(line['seconds'] for line in lines) / 60:.1f}"
         numbers[f"p7.{name}"] = f"{100 * lines[-1]['accuracy']:.2f}" if name != "scenes" else f"{lines[-1]['loss']:.4f}"
     return numbers

@@ -307,6 +307,9 @@ def test_the_layout_of_2020_and_its_fixed_fifth(digits, tmp_path):
         assert sorted(rest + names) == [f"{k}.png" for k in range(10)]
     (folder / "test.csv").write_text("image_name,label\n3.png,6\n")
     assert dataset.load_split(tmp_path, "usps", "test")[2] == ["3.png"]
+    shutil.move(folder / "test", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="there is no .*test; run"):  # and not the training images of the same names
+        dataset.load_split(tmp_path, "usps", "test")
     (folder / "val.csv").write_text("image_name,label\n7.png,2\n")
     assert dataset.load_split(tmp_path, "usps", "val")[2] == ["7.png"]
     assert len(dataset.load_split(tmp_path, "usps", "train", labelled=False)[2]) == 10

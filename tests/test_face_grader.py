@@ -116,10 +116,14 @@ def test_real_faces_stand_beside_generated_ones(data, stand_ins, monkeypatch, ca
     save_grid(data.parent / "grid.png", images)
     flags = [data.parent / "grid.png", "--data_dir", data, "--no_identity"]
     monkeypatch.setattr(sys, "argv", ["grader", *map(str, flags)])
+    monkeypatch.setattr(face_grader, "inception_distance", lambda images, reference: 0.0)
     face_grader.main()
     printed = capsys.readouterr().out
     assert "5 images of" in printed and "KID" in printed and "Frechet" not in printed
-    assert "FID not computed: " in printed or "FID  " in printed
+    for distance, line in ((3.0, "FID                   3.00"), ("not computed: why", "FID not computed: why")):
+        monkeypatch.setattr(face_grader, "inception_distance", lambda images, reference: distance)
+        face_grader.main()
+        assert capsys.readouterr().out.splitlines()[-1] == line
 
 
 def test_faces_of_one_kind_alone_are_refused(data, stand_ins):

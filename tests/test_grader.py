@@ -92,6 +92,10 @@ def test_grades_two_domains_as_in_2024(tmp_path, weights, always_3, capsys, monk
     (out / "svhn/3_001.png").unlink()
     call("--folder", out)  # a judge for each
     assert capsys.readouterr().out.splitlines()[1:] == ["SVHN acc = 1.0000 (correct/total = 1/1)", "acc = 0.7500"]
+    save_png(out / "0_001.png", black)
+    with pytest.raises(UserError, match="holds digits and .*mnistm as well"):
+        call("--folder", out)
+    (out / "0_001.png").unlink()
     shutil.rmtree(out / "svhn")
     with pytest.raises(UserError, match="no folder .*svhn"):
         call("--folder", out)

@@ -91,10 +91,10 @@ def test_every_method_learns(name, data_dir, single_process):
     method = METHODS[name]
     seed_all(0)
     images, labels = load_training_images(data_dir, method, DOMAINS)
-    assert list(images) == [DOMAINS[role] for role in method.domains] and len(labels) == 40
+    assert list(images) == [DOMAINS[role] for role in method.roles] and len(labels) == 40
     batch = draw_batch(images, labels, 16, two_views=method.two_views)
     assert len(batch.unlabelled) == len(method.unlabelled)
-    assert len(batch.strong) == (len(method.domains) if method.two_views else 0)
+    assert len(batch.strong) == (len(method.roles) if method.two_views else 0)
     assert all(view.shape == (16, 1, 28, 28) for view in (batch.images, *batch.unlabelled, *batch.strong))
     model = Dann(**TINY, **(method.network | dict(dropout=0.0)))
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -520,6 +520,7 @@ def test_mistakes_in_training_are_told(monkeypatch, tmp_path, data_dir, tiny_net
     for flags, message in ((["--source", "svhn"], "two domains"), (["--resume"], "start without --resume"),
                            (["--threshold", "0.7"], "--method dann has no --threshold"),
                            (["--method", "adamatch", "--lambda_max", "3"], "adamatch has no --lambda_max"),
+                           (["--without", "geometry", "cutout"], "dann has no strong view, so it is always"),
                            (["--batch_size", "1"], "one image"), (["--lr", "1e30"], "loss is not finite")):
         with pytest.raises(UserError, match=message):
             train_tiny(monkeypatch, data_dir, tmp_path / "out", *flags)

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -281,11 +283,35 @@ def test_a_fixed_beta_and_a_dry_run(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--data_dir", "nowhere"], "neither a folder nor a zip"), (["--latents", 20], "need more than 20 training faces"),
+    (["--data_dir", "nowhere"], "neither a folder nor a zip"),
+    (["--latents", 19], "19 are too many for 20 training faces"),
     (["--attributes", "nowhere"], "cannot read the attributes"), (["--batch_size", 21], "larger than the 20")])
 def test_bad_training_flags_get_a_sentence(data, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         call(train, *tiny(data, tmp_path / "out", *flags))
+
+
+def test_the_study_keeps_rows_of_other_betas_and_tells_mistakes_before_it_trains(data, trained, tmp_path, monkeypatch):
+    def train_nothing(folder, beta, args):
+        shutil.copytree(trained, folder, dirs_exist_ok=True)
+
+    def judge(images):
+        return dict(face_rate=0.5, kid=0.1), {}
+    judge.validation = read_faces([face_source(str(data))]).images
+    monkeypatch.setattr(studies, "train", train_nothing)
+    monkeypatch.setattr(studies, "require_judges", lambda identity: None)
+    monkeypatch.setattr(studies, "Judge", lambda sources, identity: judge)
+    flags = ["--data_dir", data, "--attributes", data.parent / "list.txt", "--output", tmp_path / "results.csv",
+             "--output_dir", tmp_path / "out", "--count", 3]
+    call(studies, *flags, "--betas", "1e-5", "auto")
+    call(studies, *flags, "--betas", "auto", "1e-7", "--figures", tmp_path / "figures")
+    table = pd.read_csv(tmp_path / "results.csv", dtype=dict(beta=str))
+    assert table.beta.tolist() == ["1e-5"] * 2 + ["auto"] * 2 + ["1e-7"] * 2
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"curves.svg", "tsne.svg"}
+    (tmp_path / "few.txt").write_text("1\nSmiling Male\n008001.jpg 1 1\n")
+    monkeypatch.setattr(studies, "train", None)
+    with pytest.raises(UserError, match="the attributes hold no 8002; name list_attr_celeba.txt, or faces"):
+        call(studies, *flags, "--attributes", tmp_path / "few.txt")
 
 
 def test_checkpoint_holds_the_average_and_what_it_belongs_to(trained):

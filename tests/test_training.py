@@ -30,11 +30,11 @@ def network():
                          nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(16, 1))
 
 
-def train(output_dir, *more, stop=None):
+def train(output_dir, *more, stop=None, count=23):
     """A training of three epochs of 5 steps on images of noise; interrupted after step `stop`. Returns its metrics."""
     args = flags(output_dir, *more)
     process, saved = training.start(args, "made_up")
-    images = torch.randn(23, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch
     model = network()
@@ -90,6 +90,8 @@ def test_what_does_not_fit_the_training_that_is_there(tmp_path):
     with pytest.raises(UserError, match=r"was trained with --lr 0.1 --width 3 4|--width 3 4 --lr 0.1"):
         train(tmp_path, "--resume", "--lr", "0.2", "--width", "1", "2")
     assert train(tmp_path, "--resume", "--epochs", "4")[-1]["step"] == 20  # a finished one may be prolonged
+    with pytest.raises(UserError, match="was trained on another number of images than --data_dir holds"):
+        train(tmp_path, "--resume", "--epochs", "5", count=27)
     (tmp_path / "last.pt").write_bytes(b"half")
     with pytest.raises(UserError, match="damaged.*; or move .* away and start without --resume"):
         train(tmp_path, "--resume")

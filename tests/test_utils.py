@@ -175,6 +175,16 @@ def test_a_script_outlives_the_reader_of_what_it_prints_and_a_stream_that_cannot
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.parametrize("body, status", [("pass", 0), ("sys.exit(1)", 1), ("sys.exit()", 0)])
+def test_a_script_s_own_status_counts_unless_what_it_printed_is_lost(tmp_path, body, status):
+    path = script(tmp_path, f"import utils\ndef main():\n    print('text')\n    {body}\nutils.run(main)")
+    assert subprocess.run([sys.executable, path], stdout=subprocess.DEVNULL, timeout=300).returncode == status
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, path], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
 def test_a_stream_whose_reader_is_gone_is_forgiven_and_a_full_disk_is_not(tmp_path, number):
     with open(tmp_path / "stream", "w") as stream:
