@@ -303,6 +303,6 @@ def load_domains(data_dir, domains, split):
 
 def balanced(sets):
     """(images, classes) of several such pairs in one; the smaller ones are repeated, as often as the largest has room
-    for, so that all are met about equally often."""
+    for, so that none is met less than half as often as another."""
     most = max(len(classes) for _, classes in sets)
     return [torch.cat([part for part in parts for _ in range(most // len(part))]) for parts in zip(*sets)]

@@ -112,13 +112,16 @@ def expected_names(per_class=100):
     return {f"{digit}_{number:03d}.png" for digit in range(10) for number in range(1, per_class + 1)}
 
 
-def domain_folders(folder):
-    """{domain: its folder}: of 2024, where `folder` holds mnistm and svhn, or of 2023, where all of it is MNIST-M."""
-    folders = {domain: Path(folder) / domain for domain in CHECKPOINTS}
+def domain_folders(folder, domain=None):
+    """{domain: its folder}: of 2024, where `folder` holds mnistm and svhn, or one, where all of it is of `domain`, as a
+    rule MNIST-M."""
+    folders = {name: Path(folder) / name for name in CHECKPOINTS}
     there = [path for path in folders.values() if path.is_dir()]
     if there and any(path.is_file() and path.name[0].isdecimal() for path in Path(folder).iterdir()):
         raise UserError(f"{folder} holds digits and {there[0]} as well; grade them apart, each in a folder of its own")
-    return folders if there else {"mnistm": Path(folder)}
+    if there and domain:
+        raise UserError(f"{folder} holds {there[0].name}; leave --domain out, or name that folder")
+    return folders if there else {domain or "mnistm": Path(folder)}
 
 
 def read_generated(folder, per_class=100):
@@ -215,16 +218,17 @@ def train_plainly(splits, epochs, seed):
 
 def train(args, device):
     """What --train asks for: one judge, or a panel of graders in half precision."""
-    checkpoint = args.checkpoint or (PANEL if args.panel else CHECKPOINTS[args.domain])
+    domain = args.domain or "mnistm"
+    checkpoint = args.checkpoint or (PANEL if args.panel else CHECKPOINTS[domain])
     check_output_file(checkpoint)
-    splits = [[values.to(device) for values in load_split(args.train, args.domain, split)[:2]]
+    splits = [[values.to(device) for values in load_split(args.train, domain, split)[:2]]
               for split in ("train", "val")]
     epochs = args.epochs or (4 if args.panel else 60)
     if args.panel:
         weights = [train_plainly(splits, epochs, args.seed + i) for i in range(args.panel)]
         content = {"panel": [{name: value.half() for name, value in grader.items()} for grader in weights]}
     else:
-        content = {"state_dict": train_judge(splits, WIDTHS[args.domain], epochs, args.seed)}
+        content = {"state_dict": train_judge(splits, WIDTHS[domain], epochs, args.seed)}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomic(checkpoint, buffer.getvalue())
@@ -239,7 +243,7 @@ def course_line(correct, total):
 
 def grade(args, device):
     """Prints the grade of --folder: 2023's line, or for the folders of two domains the three lines of 2024."""
-    folders, accuracies = domain_folders(args.folder), []
+    folders, accuracies = domain_folders(args.folder, args.domain), []
     for domain, folder in folders.items():
         model = load_classifier(args.checkpoint or CHECKPOINTS[domain], device)
         images, labels = read_generated(folder, 100 // len(folders))
@@ -260,16 +264,18 @@ def main():
     parser.add_argument("--checkpoint", type=nonempty_path,
                         help="the weights to use, for both domains, or to write; else the files named above")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    parser.add_argument("--domain", choices=CHECKPOINTS, help="whose digits these are; if not given, mnistm's")
     group = parser.add_argument_group("with --train")
-    group.add_argument("--domain", choices=CHECKPOINTS, default="mnistm", help="whose digits to train on")
     group.add_argument("--panel", type=int_at_least(1), metavar="N", help="train N graders of MNIST-M, plainly")
     group.add_argument("--epochs", type=int_at_least(1),
                        help="passes over the training images; else 60, for a panel 4")
     group.add_argument("--seed", type=int_at_least(0), default=0,
                        help="seed of weights, order and augmentation; a panel takes N from here on")
     args = parser.parse_args()
-    if args.panel and args.domain != "mnistm":
+    if args.panel and args.domain == "svhn":
         raise UserError("--panel is one of MNIST-M's graders; leave --domain out")
+    if args.folder and (args.panel or args.epochs or args.seed):
+        raise UserError("--panel, --epochs and --seed are for --train; leave them out with --folder")
     (train if args.train else grade)(args, pick_device(args.device))
 
 

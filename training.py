@@ -90,9 +90,9 @@ def start(args, kind):
         make_output_dir(args.output_dir)
         if process.rank == 0:
             lock(args.output_dir)
-    last = args.output_dir / "last.pt"
+    last, results = args.output_dir / "last.pt", ("last.pt", "model.pt", "metrics.jsonl")
     if not args.resume:
-        if last.exists() and not args.dry_run:
+        if not args.dry_run and any((args.output_dir / name).exists() for name in results):
             raise UserError(f"{args.output_dir} holds a training already; add --resume or name another --output_dir")
         return process, None
     if not last.exists():

@@ -112,11 +112,11 @@ def nonempty_path(text):
     return Path(text)
 
 
-def int_at_least(lowest):
-    """An argparse type: an integer that is not below `lowest`."""
+def int_at_least(lowest, highest=float("inf")):
+    """An argparse type: an integer in [lowest, highest]."""
     def integer(text):
-        if int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text} is below {lowest}")
+        if not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"{text} is not an integer from {lowest} to {highest}")
         return int(text)
     return integer
 

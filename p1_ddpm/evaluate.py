@@ -61,6 +61,8 @@ class Judge:
     """
 
     def __init__(self, data_dir, domain="mnistm", classifier=None):
+        if not classifier and domain not in CHECKPOINTS:
+            raise UserError(f"there is no grader of {DOMAIN_NAMES[domain]}, only of {' and '.join(CHECKPOINTS)}")
         self.classifier = load_classifier(classifier or CHECKPOINTS[domain])
         self.panel = load_panel() if domain == "mnistm" else [self.classifier]
         self.train_images, self.train_labels, _ = load_split(data_dir, domain, "train")
@@ -140,8 +142,9 @@ def main():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--checkpoint", type=nonempty_path,
                         help="the classifier's weights; else those of each domain that digit_classifier.py takes")
+    parser.add_argument("--domain", choices=CHECKPOINTS, help="whose digits these are; if not given, mnistm's")
     args = parser.parse_args()
-    folders = domain_folders(args.folder)
+    folders = domain_folders(args.folder, args.domain)
     generated = {domain: read_generated(folder, 100 // len(folders)) for domain, folder in folders.items()}
     for domain, (_, labels) in generated.items():
         if labels.bincount().max() < 2:

@@ -147,7 +147,7 @@ def parse_args():
     parser.add_argument("output_dir", type=nonempty_path,
                         help="folder for the images; made if need be, other files in it stay")
     add_sampling_arguments(parser)
-    parser.add_argument("--per_class", type=int_at_least(1),
+    parser.add_argument("--per_class", type=int_at_least(1, 999),  # names and keys of noise have three digits
                         help="images of each class, at most 999; else so many that they are 1,000 in all")
     add_amp_argument(parser)
     return parser.parse_args()
@@ -159,8 +159,6 @@ def main():
     dtype = amp_dtype(args.amp, device)
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     per_class, domains = args.per_class or 1000 // model.num_classes, domains_of(args.checkpoint)
-    if per_class > 999:
-        raise UserError(f"--per_class {per_class} is above 999, the most that three-digit names can hold")
     visited_timesteps(sampling, alphas_cumprod)  # a mistake is told before anything is written
     numbers = [(label, number) for label in range(model.num_classes) for number in range(1, per_class + 1)]
     paths = {pair: args.output_dir / file_name(*pair, domains) for pair in numbers}

@@ -23,7 +23,7 @@ from utils import (add_amp_argument, amp_dtype, argument_parser, int_at_least, n
 import pandas as pd
 import torch
 
-from files import check_output_file, digest_of, load_checkpoint, write_atomic
+from files import check_output_file, digest_of, load_checkpoint, lock, write_atomic
 from p1_ddpm.evaluate import Judge, summary
 from p1_ddpm.inference import SHIPPED, Sampling, add_sampling_arguments, domains_of, generate, sampling_of
 from p1_ddpm.model import load_model
@@ -38,7 +38,8 @@ def candidates(seeds, *choices):
 # What the tables from ddim on vary: 20 steps of DDIM, whose strides are short enough to tell what a change does.
 DDIM = Sampling()._asdict()
 
-# Each table varies some flags of inference.py and leaves the others at what the command line says.
+# Each table varies some flags of inference.py and leaves the others at what the command line says; those made of DDIM
+# leave it seed, weights and number of images alone.
 TABLES = {
     "shipped": [{}],  # hw2_1.sh
     "candidates": candidates(
@@ -75,7 +76,8 @@ def parse_args():
     parser.add_argument("--output", type=nonempty_path, default=ROOT / "p1_ddpm/checkpoints/results.csv",
                         help="the file of results")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
-    parser.add_argument("--per_class", type=int_at_least(2), default=DEFAULTS["per_class"], help="images of each digit")
+    parser.add_argument("--per_class", type=int_at_least(2, 999), default=DEFAULTS["per_class"],
+                        help="images of each digit")
     add_sampling_arguments(parser)
     add_amp_argument(parser)
     return parser.parse_args()
@@ -140,6 +142,7 @@ def main():
     digest = digest_of(args.checkpoint)
     flags = dict(sampling_of(args)._asdict(), seed=args.seed, weights=args.weights, per_class=args.per_class)
     check_output_file(args.output)
+    lock(args.output.parent)  # two runs at once would overwrite each other's rows
     judges = {domain: Judge(args.data_dir, domain) for domain in domains_of(args.checkpoint)}
     rows = pd.read_csv(args.output, dtype=str).to_dict("records") if args.output.exists() else []
     for name in args.tables:

@@ -43,7 +43,7 @@ def parse_args():
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p1_ddpm/output",
                         help="where checkpoints go")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=["mnistm"],
-                        help="whose digits; the smaller ones are repeated to be seen about as often as the largest")
+                        help="whose digits; smaller ones are repeated, as often as the largest has room for")
     training.add_arguments(parser, epochs=50, batch_size=64, lr=8e-4, warmup=500, weight_decay=0.01, ema=0.999,
                            save_every=600)
     parser.add_argument("--sample_every", type=int_at_least(1), default=5, help="checkpoints between sample grids")
@@ -68,6 +68,8 @@ def main():
     require_noise(alphas_cumprod, args.schedule)
     if any(width % 8 for width in args.channels):
         raise UserError(f"--channels {args.channels} must be multiples of 8, the groups of the normalisation")
+    if len(set(args.domains)) < len(args.domains):
+        raise UserError(f"--domains {' '.join(args.domains)} names a domain twice")
     process, saved = training.start(args, "p1_ddpm")
     device = process.device
     digits, validation = (load_domains(args.data_dir, args.domains, split) for split in ("train", "val"))

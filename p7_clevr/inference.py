@@ -107,10 +107,9 @@ def generate(model, alphas_cumprod, scenes, sampling, seed, device, batch_size=3
             yield batch, images, states
 
 
-def number_scenes(lists):
-    """[(number, list of objects), ...] as `generate` takes them, for {name: lists of objects}."""
-    return [(1000 * place + number, names) for place, sets in enumerate(lists.values())
-            for number, names in enumerate(sets)]
+def number_scenes(*lists):
+    """[(number, list of objects), ...] as `generate` takes them, those of the second list from 1,000 on, and so on."""
+    return [(1000 * place + number, names) for place, sets in enumerate(lists) for number, names in enumerate(sets)]
 
 
 def strip_timesteps(timesteps, states=8):
@@ -156,7 +155,7 @@ def main():
     keep = strip_timesteps(visited_timesteps(sampling, alphas_cumprod))
     output_dir = make_output_dir(args.output_dir)
 
-    scenes = number_scenes(lists) + [(1000 * len(lists), STRIP)] * (not args.labels)
+    scenes = number_scenes(*lists.values(), [] if args.labels else [STRIP])
     batches = list(generate(model, alphas_cumprod, scenes, sampling, args.seed, device, args.batch_size, guide, keep))
     images = torch.cat([images for _, images, _ in batches])
     for name, sets in lists.items():

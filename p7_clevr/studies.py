@@ -22,12 +22,12 @@ from utils import argument_parser, nonempty_path, pick_device, run
 import pandas as pd
 import torch
 
-from files import check_output_file, digest_of, load_checkpoint, write_atomic
+from files import check_output_file, digest_of, load_checkpoint, lock, write_atomic
 from p1_ddpm.inference import Sampling, sampling_of
 from p1_ddpm.studies import as_text, markdown
 from p7_clevr.evaluate import Judge
 from p7_clevr.evaluator import CHECKPOINTS
-from p7_clevr.inference import add_scene_arguments, generate, load_guide
+from p7_clevr.inference import add_scene_arguments, generate, load_guide, number_scenes
 from p7_clevr.model import load_model
 from p7_clevr.scenes import held_out_sets, official_sets, random_sets
 
@@ -86,7 +86,7 @@ def measure(model, alphas_cumprod, judge, setting, device, batch_size):
     sampling = Sampling(**{flag: setting[flag] for flag in Sampling._fields})
     guide = load_guide(CHECKPOINTS / f"{setting['guide']}.pth", setting["scale"], alphas_cumprod, device)
     start = time.time()
-    scenes = list(enumerate(sets, start=1000 if setting["sets"] == "new_test" else 0))  # as lab6.sh numbers them
+    scenes = number_scenes(*[[]] * (setting["sets"] == "new_test"), sets)  # as lab6.sh, whose second list that is
     batches = generate(model, alphas_cumprod, scenes, sampling, setting["seed"], device, batch_size, guide)
     images = torch.cat([images for _, images, _ in batches])
     measures = dict(seconds=time.time() - start, **judge(images, sets))
@@ -97,6 +97,7 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     check_output_file(args.output)
+    lock(args.output.parent)  # two runs at once would overwrite each other's rows
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     checkpoint = load_checkpoint(args.checkpoint, "p7_clevr", ["metrics", "config"])
     about = dict(checkpoint=digest_of(args.checkpoint),

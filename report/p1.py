@@ -197,11 +197,10 @@ def read_results(path, checkpoint, timesteps):
 
     UserError when a row is missing; that of table reference, which takes as long as the others together, may be.
     """
-    flags = [flag for flag in FLAGS if flag != "per_class"]
     results = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
     wanted = pd.DataFrame([dict(table=table, **as_text(setting)) for table in TABLES if table not in ("domains", "ema")
-                           for setting in settings(table, timesteps)])[["table", *flags]]
-    own = results[results.checkpoint == digest_of(checkpoint)].drop_duplicates(["table", *flags], keep="last")
+                           for setting in settings(table, timesteps)])
+    own = results[results.checkpoint == digest_of(checkpoint)].drop_duplicates(["table", *FLAGS], keep="last")
     rows = wanted.merge(own, how="left")
     missing = set(rows[rows.accuracy.isna()].table) - {"reference"}
     if missing:

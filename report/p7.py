@@ -130,7 +130,7 @@ def build(folder, checkpoints, device, quick):
     losses(folder / "p7_losses.svg", records["scenes"])
     guidance_figure(folder / "p7_guidance.svg", tables["guidance"])
     lists = official_sets()
-    images, states = draw(number_scenes(lists) + [(1000 * len(lists), STRIP)], keep=keep)
+    images, states = draw(number_scenes(*lists.values(), [STRIP]), keep=keep)
     image_grid(folder / "p7_denoising.svg", torch.stack([states[t][-1] for t in keep]), len(keep),
                column_names=[f"t = {t}" for t in keep])
     accuracies = {}
@@ -139,9 +139,9 @@ def build(folder, checkpoints, device, quick):
         accuracies[name] = {grader: network.eval(as_input(own), multi_hot(sets))
                             for grader, network in networks.items()}
     others = [names for kind in ("held_out", "four", "five") for names in sets_of(kind)[:8]]
-    own, _ = draw([(3000 + number, names) for number, names in enumerate(others)])
+    own, _ = draw(number_scenes([], [], [], others))
     scene_grid(folder / "p7_others.svg", own, others, missed(networks["evaluator"], own, others))
-    first = [(1000 + number, names) for number, names in enumerate(lists["new_test"][:8])]
+    first = number_scenes([], lists["new_test"][:8])
     scales = tables["classifier"].groupby("guide").scale.max()
     compared = {"w = 0": draw(first, shipped._replace(guidance=0.0))[0],
                 f"w = {shipped.guidance:g}": images[len(lists["test"]):][:8]}

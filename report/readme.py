@@ -40,8 +40,9 @@ def p1_numbers():
     path = ROOT / "p1_ddpm/checkpoints/results.csv"
     rows = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
 
-    def measured(checkpoint, table, sampling, domain="mnistm"):
-        wanted = pd.Series(dict(sampling, checkpoint=digest_of(checkpoint), table=table, domain=domain))
+    def measured(checkpoint, table, sampling, domain="mnistm", per_class="100"):
+        wanted = pd.Series(dict(sampling, checkpoint=digest_of(checkpoint), table=table, domain=domain,
+                                per_class=per_class))
         found = rows[(rows[wanted.index] == wanted).all(axis=1)]
         if found.empty:
             raise UserError(f"{path} lacks {table} of {checkpoint.name} and {domain}; run p1_ddpm/studies.py")
@@ -52,7 +53,7 @@ def p1_numbers():
     first, fresh = (measured(CHECKPOINT, table, shipped) for table in ("shipped", "seeds"))
     numbers = {f"p1.{name}": f"{first[name].iloc[0]:.{digits}f}" for name, digits in decimals.items()}
     numbers |= {f"p1.seeds.{name}": mean_and_std(fresh[name], 2) for name in decimals}
-    both = {domain: measured(CHECKPOINT.with_name("mnistm_svhn.pt"), "shipped", shipped_2024, domain).iloc[0]
+    both = {domain: measured(CHECKPOINT.with_name("mnistm_svhn.pt"), "shipped", shipped_2024, domain, "50").iloc[0]
             for domain in ("mnistm", "svhn")}
     numbers |= {f"p1.both.{domain}.{name}": f"{row[name]:.{digits}f}" for domain, row in both.items()
                 for name, digits in decimals.items()}

@@ -584,7 +584,7 @@ def test_flags_are_the_sampling(monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     ([], "output_dir"), ([""], "output_dir: the path is empty"), (["out", "--interval", 500, 300], "is empty"),
     (["out", "--steps", 1001], "above the 1000"),
-    (["out", "--sampler", "dpmpp", "--eta", 1], "ddim alone"), (["out", "--per_class", 1000], "above 999"),
+    (["out", "--sampler", "dpmpp", "--eta", 1], "ddim alone"), (["out", "--per_class", 1000], "from 1 to 999"),
     (["out", "--steps", 0], "below 1"), (["out", "--guidance", "nan"], "not a number"), (["file"], "is a file"),
     (["file/out"], "cannot write"), (["out", "--checkpoint", ""], "path is empty"),
     (["out", "--checkpoint", "gone.pt"], "there is no checkpoint gone.pt"),
