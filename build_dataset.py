@@ -209,8 +209,10 @@ def download(source_dir):
     from torch.hub import download_url_to_file
     from torchvision import datasets
     photographs = Path(source_dir) / "BSR_bsds500.tgz"
+    mnist = find(source_dir, "train-images[-.]idx3-ubyte", "train-images[-.]idx3-ubyte.gz")
+    by_hand = mnist and mnist.parent != Path(source_dir) / "MNIST/raw"  # where torchvision looks for it
     steps = {
-        "MNIST": lambda: datasets.MNIST(source_dir, download=True),
+        "MNIST": lambda: by_hand or datasets.MNIST(source_dir, download=True),
         "USPS": lambda: [datasets.USPS(source_dir, train, download=True) for train in (True, False)],
         "SVHN": lambda: [datasets.SVHN(source_dir, split, download=True) for split in ("train", "test")],
         "BSDS500": lambda: photographs.exists() or download_url_to_file(BSDS500_URL, photographs),

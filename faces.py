@@ -111,7 +111,10 @@ def read_attributes(path):
         raise UserError(f"cannot read the attributes in {path} ({error}); name list_attr_celeba.txt or train.csv")
     if not np.isin(values, (-1, 0, 1)).all():
         raise UserError(f"{path} holds attributes other than -1, 0 and 1; name list_attr_celeba.txt or train.csv")
-    return pd.DataFrame(values > 0, columns=table.columns, index=[_number(str(name), path) for name in table.index])
+    table = pd.DataFrame(values > 0, columns=table.columns, index=[_number(str(name), path) for name in table.index])
+    if not table.index.is_unique:
+        raise UserError(f"{path} tells of face {table.index[table.index.duplicated()][0]} twice; leave one line of it")
+    return table
 
 
 def attributes_of(faces, table, names):

@@ -56,6 +56,18 @@ def check_output_file(path):
         make_output_dir(Path(os.path.realpath(path)).parent)
 
 
+def other_rows(path, key, values=()):
+    """The rows of the CSV file `path` with none of `values` in the column `key`; none where there is no file."""
+    import pandas as pd  # here, because most scripts that use this file do without
+    if not Path(path).exists():
+        return pd.DataFrame()
+    try:
+        table = pd.read_csv(path, dtype={key: str})
+        return table[~table[key].isin(values)]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is no table with a column {key} ({error}); name another --output")
+
+
 def lock(folder):
     """UserError when another living run writes into `folder`; held until this process ends or locks another one."""
     try:

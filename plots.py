@@ -82,6 +82,13 @@ def points_with_bars(axes, x, mean, std, color, marker="o", label=None):
     axes.plot(x[alone], mean[alone], color=color, marker=marker, markerfacecolor="white", linestyle="none")
 
 
+def embed(features, seed=0):
+    """(N, 2): scikit-learn's t-SNE (van der Maaten and Hinton 2008) of the rows of `features` (N, D)."""
+    from sklearn.manifold import TSNE  # here, because it takes seconds to load
+    perplexity = min(30, (len(features) - 1) / 3)
+    return TSNE(init="pca", learning_rate="auto", perplexity=perplexity, random_state=seed).fit_transform(features)
+
+
 def draw_digits(axes, points, digits):
     """Draws the points (N, 2) of an embedding in the colours of their digits (N,), 0..9."""
     _draw_groups(axes, points, [(digits == digit, PALETTE[digit], str(digit)) for digit in range(10)])

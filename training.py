@@ -32,9 +32,9 @@ from tqdm import tqdm
 from files import load_checkpoint, lock, make_output_dir, save_checkpoint, save_png, write_jsonl
 from utils import UserError, add_amp_argument, amp_dtype, cpu_has_bfloat16, float_between, int_at_least, pick_device
 
-# Flags that say where and how a training runs; what comes out depends on the images in data_dir, not on its name.
-NOT_RECIPE = ("data_dir", "output_dir", "resume", "dry_run", "device", "amp", "save_every", "sample_every",
-              "gradient_checkpointing")
+# Flags that say where and how a training runs; what comes out depends on the content of data_dir, not on its name.
+NOT_RECIPE = ("data_dir", "attributes", "output_dir", "resume", "dry_run", "device", "amp", "save_every",
+              "sample_every", "gradient_checkpointing")
 
 
 class Process(NamedTuple):
@@ -55,8 +55,8 @@ class Parts(NamedTuple):
 
 # --- Before the first step ----------------------------------------------------------------------
 
-def add_arguments(parser, epochs, batch_size, lr, warmup, weight_decay, ema, save_every):
-    """The flags of every train.py, with this chapter's defaults."""
+def add_arguments(parser, epochs, batch_size, lr, warmup, weight_decay, ema, save_every, epoch="a pass over all"):
+    """The flags of every train.py, with this chapter's defaults; epoch: what that is here."""
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in --output_dir")
     parser.add_argument("--dry_run", action="store_true", help="train two steps on small batches, write nothing")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of all random numbers")
@@ -64,7 +64,7 @@ def add_arguments(parser, epochs, batch_size, lr, warmup, weight_decay, ema, sav
     add_amp_argument(parser)
     parser.add_argument("--save_every", type=int_at_least(1), default=save_every, help="steps between checkpoints")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int_at_least(1), default=epochs, help="passes over the training images")
+    group.add_argument("--epochs", type=int_at_least(1), default=epochs, help=f"how long to train; an epoch is {epoch}")
     group.add_argument("--batch_size", type=int_at_least(1), default=batch_size, help="images per step, all processes")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw",
                        help="muon: the inner convolutions by Muon, all else by AdamW")
@@ -218,7 +218,7 @@ def batch_indices(step, count, args, process):
 
 
 def warmup_cosine(step, total, warmup):
-    """The learning rate's factor at a step: linear warm-up, then half a cosine down to 0 at step `total`.
+    """The learning rate's factor at a step: linear warm-up, then, if there are steps left, half a cosine down to 0.
 
     A function of the step, so there is no scheduler whose state would have to be saved.
     """

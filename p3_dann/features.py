@@ -18,7 +18,6 @@ from utils import argument_parser, int_at_least, nonempty_path, run
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 
 import plots
@@ -56,13 +55,6 @@ def proxy_a_distance(source_features, target_features, seed=0):
     return 2 * (1 - 2 * min(error, 0.5))
 
 
-def embed(source_features, target_features, seed=0):
-    """(N_source + N_target, 2): scikit-learn's t-SNE (van der Maaten and Hinton 2008) of both domains together."""
-    features = np.concatenate([source_features, target_features])
-    perplexity = min(30, (len(features) - 1) / 3)
-    return TSNE(init="pca", learning_rate="auto", perplexity=perplexity, random_state=seed).fit_transform(features)
-
-
 def has_own_statistics(recipe):
     """Whether the network of `recipe` was trained on two domains, each normalised by its own statistics."""
     method = METHODS[recipe["method"]]
@@ -93,7 +85,7 @@ def picture(path, networks, data_dir, source, target, count=1000, seed=0):
     for title, (model, recipe) in networks.items():
         features, digits = sample_features(model, data_dir, (source, target), has_own_statistics(recipe), count, seed)
         distances[title] = proxy_a_distance(*features, seed)
-        embeddings[f"{title}: proxy A-distance {distances[title]:.2f}"] = embed(*features, seed)
+        embeddings[f"{title}: proxy A-distance {distances[title]:.2f}"] = plots.embed(np.concatenate(features), seed)
     is_target = np.repeat([False, True], [len(labels) for labels in digits])
     plots.tsne_pictures(path, embeddings, np.concatenate(digits), is_target,
                         [DOMAIN_NAMES[domain] for domain in (source, target)])

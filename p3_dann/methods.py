@@ -88,7 +88,8 @@ def dann(networks, batch, progress, lambda_max=1.0):
 
     The domains pass one after the other, so each is normalised by its own batch statistics (as in AdaBN, Li et al.
     2016): before the adversary has to do anything, each channel's mean and scale agree. The class logits of the target
-    are for watching alone.
+    are for watching alone. The domain loss is the mean over all images; equation 9 adds the two domains' means, so a
+    lambda of 1 here is 1/2 there.
     """
     (target,), lambda_ = batch.unlabelled, lambda_schedule(progress, lambda_max)
     features, target_features = networks.features(batch.images), networks.features(target)

@@ -37,6 +37,7 @@ from p3_dann.model import load_model
 from p3_dann.prediction import accuracy, adapt_statistics
 
 SEEDS = (0, 1, 2)
+STARTED = []  # the processes of trainings
 
 
 def models():
@@ -126,7 +127,9 @@ def train(folder, settings, data_dir, jobs):
                "--output_dir", str(folder), *(["--resume"] if (folder / "last.pt").exists() else [])]
     threads = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs))) if jobs > 1 else {}
     with open(folder / "log.txt", "a") as log:
-        if subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **threads}).returncode:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **threads})
+        STARTED.append(process)
+        if process.wait():
             raise UserError(f"the training in {folder} failed; its log.txt says why")
     print(f"{folder.name}: {(folder / 'log.txt').read_text().splitlines()[-1]}", flush=True)
 
@@ -209,7 +212,13 @@ def main():
     if not trainings:
         raise UserError(f"no training of {' and '.join(args.tables)} is called {args.runs}; see TABLES")
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda one: train(args.output_dir / one[0], one[1], args.data_dir, args.jobs), trainings.items()))
+        try:
+            list(pool.map(lambda one: train(args.output_dir / one[0], one[1], args.data_dir, args.jobs),
+                          trainings.items()))
+        except KeyboardInterrupt:  # or SIGTERM; leaving the block waits for the trainings, so they have to end as well
+            for process in STARTED:
+                process.terminate()
+            raise
     table = results(args.output_dir, args.data_dir)
     write_atomic(args.output_dir / "results.csv", table.to_csv(index=False).encode())
     print(table.to_string(index=False), means(table).to_string(index=False), sep="\n\n")

@@ -57,7 +57,7 @@ def parse_args():
     parser.add_argument("--output_dir", type=nonempty_path, help="where checkpoints go; when not given, a folder in "
                         "p3_dann/output with a name such as mnistm_svhn_dann_s0")
     training.add_arguments(parser, epochs=12, batch_size=128, lr=3e-3, warmup=240, weight_decay=1e-3, ema=0.995,
-                           save_every=STEPS_PER_EPOCH)
+                           save_every=STEPS_PER_EPOCH, epoch=f"{STEPS_PER_EPOCH} steps")
     parser.add_argument("--lambda_max", type=float_between(0), default=1.0, help="dann's final weight of the adversary")
     parser.add_argument("--threshold", type=float_between(0, 1), default=0.9,
                         help="adamatch counts a target image above this share of the mean confidence on the source")

@@ -22,6 +22,7 @@ from utils import (UserError, argument_parser, float_between, image_generators, 
 import torch
 
 from faces import check_picture, face_source, save_faces, test_faces
+from files import make_output_dir
 from p4_vae.elbo import squared_errors
 from p4_vae.latents import sample_prior
 from p4_vae.model import CHECKPOINT, load_model
@@ -68,6 +69,10 @@ def walk(model, pair, steps=8):
     return to_uint8(model.decode(torch.stack([start.lerp(stop, i / (steps - 1)) for i in range(steps)]))).cpu()
 
 
+# What each of the three pictures can be told.
+USES = {"sampling": {"count", "prior", "seed"}, "--reconstruct": {"count", "attribute", "strength"}, "--walk": set()}
+
+
 def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("output_dir", type=nonempty_path, nargs="?", help="folder for faces one by one")
@@ -83,7 +88,13 @@ def parse_args():
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the latents")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--batch_size", type=int_at_least(1), default=250, help="faces at a time")
-    return parser.parse_args()
+    args = parser.parse_args()
+    what = "--walk" if args.walk else "--reconstruct" if args.reconstruct else "sampling"
+    unused = [flag for flag in set().union(*USES.values()) - USES[what]
+              if getattr(args, flag) != parser.get_default(flag)]
+    if unused:
+        raise UserError(f"--{min(unused)} means nothing to {what}; leave it out")
+    return args
 
 
 def pictures(args, model, latents):
@@ -118,11 +129,11 @@ def main():
     args = parse_args()
     if not (args.output_dir or args.grid):
         raise UserError("nothing would be written; name a folder for faces one by one, or --grid FILE")
-    if args.attribute and not args.reconstruct:
-        raise UserError("--attribute is for --reconstruct FACES; name faces to change")
     if args.grid:
         check_picture(args.grid)
     model, latents = load_model(args.checkpoint, pick_device(args.device))
+    if args.output_dir:
+        make_output_dir(args.output_dir)
     images, columns = pictures(args, model, latents)
     save_faces(images, args.output_dir, args.grid, columns)
 

@@ -20,26 +20,33 @@ from utils import UserError, argument_parser, int_at_least, nonempty_path, run
 
 import numpy as np
 import pandas as pd
-from sklearn.manifold import TSNE
 
 import plots
 from face_grader import Judge, require_judges
 from faces import add_arguments, attributes_of, read_attributes, read_faces, split_faces
-from files import check_output_file, load_checkpoint, make_output_dir, write_atomic
+from files import check_output_file, load_checkpoint, make_output_dir, other_rows, write_atomic
 from p4_vae.evaluate import evaluate
 from p4_vae.inference import generate
 from p4_vae.latents import encode_all
 from p4_vae.model import load_model
+from p4_vae.train import beta as beta_type
 
 MEASURES = {"mse": 4, "kl": 1, "face_rate": 3, "kid": 5, "frechet": 4, "diversity": 3}  # decimals
 SHOWN = ["Male", "Smiling"]  # the attributes that colour the embedding
+
+
+def beta_text(text):
+    """An argparse type: what train.py takes as --beta, as it was spelt, which names the folder and the row."""
+    beta_type(text)
+    return text
 
 
 def parse_args():
     parser = argument_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--attributes", type=nonempty_path, help="list_attr_celeba.txt or the course's train.csv")
-    parser.add_argument("--betas", nargs="+", default=["1e-4", "1e-5", "1e-7", "auto"], help="what train.py is given")
+    parser.add_argument("--betas", type=beta_text, nargs="+", default=["1e-4", "1e-5", "1e-7", "auto"],
+                        help="what train.py is given")
     parser.add_argument("--epochs", type=int_at_least(1), help="of each training; train.py's own when not given")
     parser.add_argument("--count", type=int_at_least(2), default=1000, help="samples to judge")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p4_vae/output/studies",
@@ -85,10 +92,8 @@ def draw_curves(path, metrics):
 
 
 def embed(model, faces, seed=0):
-    """(N, 2): scikit-learn's t-SNE (van der Maaten and Hinton 2008) of the mean latents of Faces."""
-    means, _ = encode_all(model, faces.images)
-    perplexity = min(30, (len(means) - 1) / 3)
-    return TSNE(init="pca", learning_rate="auto", perplexity=perplexity, random_state=seed).fit_transform(means.numpy())
+    """(N, 2): t-SNE of the mean latents of Faces."""
+    return plots.embed(encode_all(model, faces.images)[0].numpy(), seed)
 
 
 def draw_embedding(path, points, has):
@@ -116,6 +121,7 @@ def draw_figures(folder, training, args):
 def main():
     args = parse_args()
     check_output_file(args.output)
+    other_rows(args.output, "beta")  # a foreign file is told before hours of training
     require_judges(not args.no_identity)  # before hours of training
     if args.figures:
         make_output_dir(args.figures)
@@ -127,10 +133,7 @@ def main():
         draw_figures(args.figures, args.output_dir / args.betas[-1], args)
     judge = Judge(args.data_dir, not args.no_identity)
     rows = [row for beta in args.betas for row in measure(args.output_dir / beta, beta, judge, args.count)]
-    rows = pd.DataFrame(rows)
-    if args.output.exists():
-        old = pd.read_csv(args.output, dtype=dict(beta=str))
-        rows = pd.concat([old[~old.beta.isin(args.betas)], rows])
+    rows = pd.concat([other_rows(args.output, "beta", args.betas), pd.DataFrame(rows)])
     write_atomic(args.output, rows.to_csv(index=False).encode())
     lines = [list(rows.columns), ["---"] * rows.shape[1], *rows.astype(str).values.tolist()]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))

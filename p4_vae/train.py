@@ -88,6 +88,8 @@ def main():
     if args.latents >= min(len(faces.images) - 1, PIXELS):  # they are principal components, and leave an error
         raise UserError(f"--latents {args.latents} are too many for {len(faces.images)} training faces (8001 to 9000 "
                         f"are kept for validation) of {PIXELS} values; name more, or take fewer")
+    if attributes is not None and not set(faces.numbers.tolist()).intersection(attributes.index):
+        raise UserError(f"{args.attributes} knows none of the training faces; name the file that belongs to them")
     images = faces.images.to(device)
     per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch

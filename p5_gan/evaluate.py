@@ -18,7 +18,7 @@ from utils import UserError, argument_parser, int_at_least, nonempty_path, pick_
 
 import pandas as pd
 
-from face_grader import Judge, read_generated, report
+from face_grader import Judge, read_generated, report, require_judges
 from faces import add_arguments
 from files import check_output_file, write_atomic
 from p5_gan.inference import generate
@@ -50,6 +50,7 @@ def main():
     args = parser.parse_args()
     if args.output:
         check_output_file(args.output)
+    require_judges(not args.no_identity)
     model = load_model(args.checkpoint, pick_device(args.device))
     sets = {}
     for path in args.others:

@@ -1,7 +1,7 @@
 """The study of problem 2: what the recipe gives beside the public one, and what each of its parts gives.
 
-    python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58 --recipes wide public     # 9 minutes each
-    python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58                           # all recipes
+    python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58 --recipes wide public  # H200: 9 minutes each
+    python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58                         # all recipes
 
 Trains each recipe into a folder of --output_dir, unless that is done (an interrupted training goes on), judges 1,000
 samples as face_grader.py does, which needs its packages, and writes a row each into --output, with the seconds and the
@@ -22,7 +22,7 @@ import pandas as pd
 
 from face_grader import Judge, require_judges
 from faces import add_arguments
-from files import check_output_file, load_checkpoint, read_jsonl, write_atomic
+from files import check_output_file, load_checkpoint, other_rows, read_jsonl, write_atomic
 from p5_gan.inference import generate
 from p5_gan.model import load_model
 
@@ -72,14 +72,13 @@ def measure(folder, recipe, judge, count):
 def main():
     args = parse_args()
     check_output_file(args.output)
+    other_rows(args.output, "recipe")  # a foreign file is told before hours of training
     require_judges()  # before hours of training
     for recipe in args.recipes:
         train(args.output_dir / recipe, recipe, args)
     judge = Judge(args.data_dir)
-    rows = pd.DataFrame([measure(args.output_dir / recipe, recipe, judge, args.count) for recipe in args.recipes])
-    if args.output.exists():
-        old = pd.read_csv(args.output)
-        rows = pd.concat([old[~old.recipe.isin(args.recipes)], rows])
+    rows = [measure(args.output_dir / recipe, recipe, judge, args.count) for recipe in args.recipes]
+    rows = pd.concat([other_rows(args.output, "recipe", args.recipes), pd.DataFrame(rows)])
     write_atomic(args.output, rows.to_csv(index=False).encode())
     lines = [list(rows.columns), ["---"] * rows.shape[1], *rows.astype(str).values.tolist()]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))

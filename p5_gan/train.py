@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run, to_uint8
+from utils import (UserError, argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run,
+                   to_uint8)
 
 import torch
 from torchvision.utils import make_grid
@@ -44,7 +45,10 @@ def parse_args():
     parser.add_argument("--no_augment", action="store_true", help="show the discriminator the images as they are")
     parser.add_argument("--latents", type=int_at_least(1), default=128, help="length of the latent vector")
     parser.add_argument("--channels", type=int_at_least(1), default=32, help="width of both networks at 32x32")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.optimizer == "muon":
+        raise UserError("--optimizer muon has no matrix to train here; leave it out")
+    return args
 
 
 def make_optimizers(network, args):

@@ -1,7 +1,8 @@
-"""Rebuilds the reports: every figure, every number and the PDFs, from the checkpoints and hw2_data.
+"""Rebuilds the reports: every figure, every number and the PDFs, from the checkpoints and the data.
 
-    python3 report/build.py                                # assignments/dlcv2023_hw2/report.pdf, and the others'
-    python3 report/build.py --assignment dlcv2023_hw2      # one of them; half an hour on 2 CPU cores
+    python3 report/build.py --assignment dlcv2023_hw2      # its report.pdf, from hw2_data; half an hour on 2 CPU cores
+    python3 report/build.py --faces FACES --attributes FILE --scenes DIR     # all four: 2020's needs CelebA's faces
+                                                           # 8001 to 9000 and attributes as well, 2024's i-CLEVR
     python3 report/build.py --only p1                      # makes one part anew, takes the others as made last; where
                                                            # they never were, it writes report_p1.pdf
     python3 report/build.py --student_id r12345678         # assignments/dlcv2023_hw2/hw2_r12345678.pdf
@@ -155,9 +156,14 @@ def main():
     device = pick_device(args.device)
     folder = make_output_dir(args.output_dir / "report/build")
     wanted = {name: ASSIGNMENTS[name] for name in args.assignment}
-    for name in PARTS:
-        if args.only in (None, name) and any(name in assignment.parts for assignment in wanted.values()):
-            make_part(name, folder, device, args)
+    parts = [name for name in PARTS if args.only in (None, name)
+             and any(name in assignment.parts for assignment in wanted.values())]
+    for part, flag, path in (("p4", "faces", args.faces.path), ("p4", "attributes", args.attributes),
+                             ("p6", "scenes", args.scenes)):
+        if part in parts and not path.exists():  # said before the half hour of other parts
+            raise UserError(f"there is no {path}, which {part} needs; name it with --{flag}, or another --assignment")
+    for name in parts:
+        make_part(name, folder, device, args)
     for name, assignment in wanted.items():
         made = [part for part in assignment.parts if (folder / f"{part}.json").exists()]
         stem = f"{name.split('_')[1]}_{args.student_id}" if args.student_id else "report"

@@ -4,7 +4,8 @@ import json
 
 from dataset import DOMAIN_NAMES, load_split
 from files import read_jsonl
-from plots import (BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, draw_digits, draw_domains, image_grid, plt, save)
+from plots import (BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, draw_digits, draw_domains, embed, image_grid, plt,
+                   save)
 from utils import UserError
 
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 import torch
 
 from p3_dann import choice
-from p3_dann.features import embed, proxy_a_distance, sample_features
+from p3_dann.features import proxy_a_distance, sample_features
 from p3_dann.methods import ALL_PAIRS, PAIRS, run_name
 from p3_dann.model import load_model
 from p3_dann.prediction import predict
@@ -39,7 +40,7 @@ def latent_space(models, adapted, data_dir, count, own_statistics=True):
             ("before", models, False), ("statistics", models, True), ("after", adapted, own_statistics))}
         distances[pair] = {name: proxy_a_distance(*features) for name, (features, _) in samples.items()}
         is_target = np.repeat([False, True], [len(digits) for digits in samples["before"][1]])
-        embeddings[pair] = {name: (embed(*samples[name][0]), np.concatenate(samples[name][1]), is_target)
+        embeddings[pair] = {name: (embed(np.concatenate(samples[name][0])), np.concatenate(samples[name][1]), is_target)
                             for name in ("before", "after")}
     return embeddings, distances
 

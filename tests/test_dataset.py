@@ -650,3 +650,9 @@ def test_a_failing_download_says_what_to_do(public, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot download SVHN \(no route to host\); put its files into .*new by hand"):
         build_dataset.main()
     assert asked == ["MNIST", "USPS", "USPS", "SVHN"]
+    asked.clear()  # where MNIST lies in a folder of its user's, a second copy would be refused
+    shutil.copytree(public[0] / "MNIST/raw", tmp_path / "mine/digits")
+    monkeypatch.setattr(sys, "argv", ["x", "--download", "--source_dir", str(tmp_path / "mine"), "--data_dir", "no"])
+    with pytest.raises(UserError, match="cannot download SVHN"):
+        build_dataset.main()
+    assert asked == ["USPS", "USPS", "SVHN"]

@@ -36,6 +36,8 @@ def test_our_grids_folders_and_archives_are_read(tmp_path):
     images = random_images(32)
     save_grid(tmp_path / "grid.png", images)
     assert torch.equal(read_generated(tmp_path / "grid.png"), images)
+    save_grid(tmp_path / "grid.jpg", images[:10])  # six places of the last row are empty, but for JPEG's ripples
+    assert len(read_generated(tmp_path / "grid.jpg")) == 10
     (tmp_path / "folder").mkdir()
     for i, image in enumerate(images[:3]):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"folder/{'abc'[i]}.png")

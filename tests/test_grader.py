@@ -92,10 +92,16 @@ def test_grades_two_domains_as_in_2024(tmp_path, weights, always_3, capsys, monk
     (out / "svhn/3_001.png").unlink()
     call("--folder", out)  # a judge for each
     assert capsys.readouterr().out.splitlines()[1:] == ["SVHN acc = 1.0000 (correct/total = 1/1)", "acc = 0.7500"]
+    for more, rate in (([], 0.0), (["--domain", "svhn"], 1.0)):  # one folder does not tell its domain
+        call("--folder", out / "svhn", *more)
+        assert capsys.readouterr().out.startswith(f"acc = {rate} ")
     save_png(out / "0_001.png", black)
     with pytest.raises(UserError, match="holds digits and .*mnistm as well"):
         call("--folder", out)
     (out / "0_001.png").unlink()
+    for flags, message in ((["--domain", "svhn"], "leave --domain out"), (["--epochs", 2], "are for --train")):
+        with pytest.raises(UserError, match=message):
+            call("--folder", out, *flags)
     shutil.rmtree(out / "svhn")
     with pytest.raises(UserError, match="no folder .*svhn"):
         call("--folder", out)

@@ -453,7 +453,8 @@ def test_a_dry_run_writes_nothing(tmp_path, data_dir, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--data_dir", "nowhere"], "get_dataset.sh"), (["--channels", 9, 16], "multiples of 8"),
-    (["--batch_size", 1000], "larger than the 64"), (["--schedule", "linear", "--timesteps", 100], "more --timesteps")])
+    (["--batch_size", 1000], "larger than the 64"), (["--domains", "svhn", "svhn"], "names a domain twice"),
+    (["--schedule", "linear", "--timesteps", 100], "more --timesteps")])
 def test_training_refuses_bad_flags(tmp_path, data_dir, flags, message):
     with pytest.raises(UserError, match=message):
         run_train(data_dir, tmp_path, *flags)
@@ -585,7 +586,7 @@ def test_flags_are_the_sampling(monkeypatch):
     ([], "output_dir"), ([""], "output_dir: the path is empty"), (["out", "--interval", 500, 300], "is empty"),
     (["out", "--steps", 1001], "above the 1000"),
     (["out", "--sampler", "dpmpp", "--eta", 1], "ddim alone"), (["out", "--per_class", 1000], "from 1 to 999"),
-    (["out", "--steps", 0], "below 1"), (["out", "--guidance", "nan"], "not a number"), (["file"], "is a file"),
+    (["out", "--steps", 0], "from 1 to inf"), (["out", "--guidance", "nan"], "not a number"), (["file"], "is a file"),
     (["file/out"], "cannot write"), (["out", "--checkpoint", ""], "path is empty"),
     (["out", "--checkpoint", "gone.pt"], "there is no checkpoint gone.pt"),
     (["out", "--checkpoint", "cut.pt"], "damaged"), (["out", "--checkpoint", "foreign.pt"], "not a checkpoint of"),

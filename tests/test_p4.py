@@ -285,13 +285,19 @@ def test_a_fixed_beta_and_a_dry_run(data, tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--data_dir", "nowhere"], "neither a folder nor a zip"),
     (["--latents", 19], "19 are too many for 20 training faces"),
-    (["--attributes", "nowhere"], "cannot read the attributes"), (["--batch_size", 21], "larger than the 20")])
-def test_bad_training_flags_get_a_sentence(data, tmp_path, flags, message):
+    (["--attributes", "nowhere"], "cannot read the attributes"), (["--batch_size", 21], "larger than the 20"),
+    (["--attributes", "others.txt"], "others.txt knows none of the training faces"),
+    (["--attributes", "twice.txt"], "twice.txt tells of face 1 twice")])
+def test_bad_training_flags_get_a_sentence(data, tmp_path, monkeypatch, flags, message):
+    (tmp_path / "others.txt").write_text("1\nMale\n7777.jpg 1\n")
+    (tmp_path / "twice.txt").write_text("2\nMale\n0001.jpg 1\n1.png -1\n")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         call(train, *tiny(data, tmp_path / "out", *flags))
 
 
-def test_the_study_keeps_rows_of_other_betas_and_tells_mistakes_before_it_trains(data, trained, tmp_path, monkeypatch):
+def test_the_study_keeps_rows_of_other_betas_and_tells_mistakes_before_it_trains(data, trained, tmp_path, monkeypatch,
+                                                                               capsys):
     def train_nothing(folder, beta, args):
         shutil.copytree(trained, folder, dirs_exist_ok=True)
 
@@ -310,8 +316,12 @@ def test_the_study_keeps_rows_of_other_betas_and_tells_mistakes_before_it_trains
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"curves.svg", "tsne.svg"}
     (tmp_path / "few.txt").write_text("1\nSmiling Male\n008001.jpg 1 1\n")
     monkeypatch.setattr(studies, "train", None)
-    with pytest.raises(UserError, match="the attributes hold no 8002; name list_attr_celeba.txt, or faces"):
-        call(studies, *flags, "--attributes", tmp_path / "few.txt")
+    for more, message in ((["--attributes", tmp_path / "few.txt"], "the attributes hold no 8002"),
+                          (["--output", tmp_path / "few.txt"], "is no table with a column beta"),
+                          (["--betas", "foo"], "foo is neither auto nor a number")):
+        with pytest.raises((UserError, SystemExit)) as error:
+            call(studies, *flags, *more)
+        assert message in f"{error.value} {capsys.readouterr().err}"
 
 
 def test_checkpoint_holds_the_average_and_what_it_belongs_to(trained):
@@ -400,7 +410,9 @@ def test_without_a_trained_network_one_sentence_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "nothing would be written"), (["out", "--attribute", "Smiling"], "is for --reconstruct"),
+    ([], "nothing would be written"), (["out", "--attribute", "Smiling"], "--attribute means nothing to sampling"),
+    (["out", "--walk", "DATA", "--count", "7"], "--count means nothing to --walk"),
+    (["out", "--reconstruct", "DATA", "--prior", "fitted"], "--prior means nothing to --reconstruct"),
     (["--grid", "out.txt"], "must end in .png or .jpg"), (["--grid", "."], "must end in"),
     (["out", "--checkpoint", "nowhere.pt"], "no checkpoint nowhere.pt"),
     (["out", "--reconstruct", "DATA", "--count", "2", "--attribute", "Hairy"], "no attribute Hairy; it knows Smiling"),
@@ -410,4 +422,4 @@ def test_bad_inference_flags_get_a_sentence(data, trained, tmp_path, monkeypatch
     flags = [data if flag == "DATA" else flag for flag in flags]
     with pytest.raises(UserError, match=message):
         call(inference, "--checkpoint", trained / "model.pt", *flags)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))

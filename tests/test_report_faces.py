@@ -98,7 +98,9 @@ def test_missing_records_are_told(tmp_path, faces, monkeypatch):
     for part, name in (("p4", "p4_vae/checkpoints/metrics.jsonl"), ("p5", "p5_gan/checkpoints/metrics.jsonl")):
         with pytest.raises(UserError, match=f"there is no {tmp_path}/{name}"):
             call(monkeypatch, "--quick", "--only", part, "--assignment", "dlcv2020_hw3", "--chapters", tmp_path,
-                 "--output_dir", tmp_path)
+                 "--output_dir", tmp_path, "--faces", faces, "--attributes", faces.parent / "list.txt")
+    with pytest.raises(UserError, match="there is no .*nowhere, which p4 needs; name it with --faces"):
+        call(monkeypatch, "--quick", "--output_dir", tmp_path, "--faces", tmp_path / "nowhere")
 
 
 def test_the_drawing_follows_the_modules():

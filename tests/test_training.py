@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import shutil
+from pathlib import Path
 
 import utils
 from utils import UserError
@@ -89,6 +91,10 @@ def test_what_does_not_fit_the_training_that_is_there(tmp_path):
         train(tmp_path)
     with pytest.raises(UserError, match=r"was trained with --lr 0.1 --width 3 4|--width 3 4 --lr 0.1"):
         train(tmp_path, "--resume", "--lr", "0.2", "--width", "1", "2")
+    (tmp_path / "kept").mkdir()
+    shutil.copy(tmp_path / "model.pt", tmp_path / "kept")  # by someone who needs no last.pt
+    with pytest.raises(UserError, match="kept holds a training already"):
+        train(tmp_path / "kept")
     assert train(tmp_path, "--resume", "--epochs", "4")[-1]["step"] == 20  # a finished one may be prolonged
     with pytest.raises(UserError, match="was trained on another number of images than --data_dir holds"):
         train(tmp_path, "--resume", "--epochs", "5", count=27)
@@ -171,6 +177,25 @@ def test_every_epoch_is_a_permutation_shared_by_the_processes(tmp_path):
         assert all(len(part) == 2 for batch in batches for part in batch)
     whole = training.batch_indices(7, 20, args, training.Process("cpu", None, 0, 1)).tolist()
     assert whole == [index for pair in zip(*batches[2]) for index in pair]
+
+
+TOGETHER = """
+import argparse, sys
+sys.path.insert(0, {root!r})
+import torch, training
+process = training._join(argparse.Namespace(device="cpu", amp="off"))
+model = torch.nn.Linear(2, 1)
+parallel = training.distribute(model, process)
+parallel(torch.tensor([[1.0, 2.0], [3.0, 6.0]][process.rank])).sum().backward()
+sys.stdout.write(f"gradient {{model.weight.grad.flatten().tolist()}}\\n")
+"""
+
+
+def test_the_gradients_of_two_processes_are_averaged(tmp_path, torchrun):
+    (tmp_path / "together.py").write_text(TOGETHER.format(root=str(Path(__file__).resolve().parents[1])))
+    done = torchrun(tmp_path / "together.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("gradient [2.0, 4.0]") == 2
 
 
 def test_warmup_cosine_rises_then_falls_to_zero():
