@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from files import digest_of, lock, make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import file_name, folder_of
-from p6_personalize.model import HERE, PIPELINE, add_embeds, default_guidance, generate, load_pipeline, read_embeds
+from p6_personalize.model import (HERE, PIPELINE, add_embeds, default_guidance, generate, is_tiny, load_pipeline,
+                                  read_embeds)
 from p6_personalize.prompts import IMAGES, read_requests
 
 EMBEDS = [HERE / "checkpoints/new1.safetensors", HERE / "checkpoints/new2.safetensors"]  # of the tiny pipeline
@@ -34,17 +35,21 @@ def parse_args():
     parser.add_argument("output_dir", type=nonempty_path, help="folder for the images; made if need be")
     parser.add_argument("checkpoint", type=nonempty_path, nargs="?", default=PIPELINE,
                         help="the pipeline's folder or single file")
-    parser.add_argument("--embeds", type=nonempty_path, nargs="*", default=EMBEDS,
-                        help="learned_embeds files, one for each token")
+    parser.add_argument("--embeds", type=nonempty_path, nargs="+",
+                        help="learned_embeds files, one for each token; when not given, with a tiny pipeline, ours")
     parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float_between(1),
-                        help="classifier-free guidance, 1 is none; when not given 7.5, with the tiny pipeline 2")
+                        help="classifier-free guidance, 1 is none; when not given 7.5, with a tiny pipeline 2")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
     parser.add_argument("--batch_size", type=int_at_least(1), default=5, help="images at a time")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
                         help="the networks' precision; auto takes what the device does fast")
     args = parser.parse_args()
+    if not args.embeds and not is_tiny(args.checkpoint):
+        raise UserError(f"{args.checkpoint} has learnt no token of {args.input_json}; name the learned_embeds file of "
+                        "each by --embeds")
+    args.embeds = args.embeds or EMBEDS
     args.guidance = args.guidance or default_guidance(args.checkpoint)
     return args
 
@@ -54,7 +59,7 @@ def check_tokens(requests, tokens, pipe, where):
     for request in requests:
         if request.token not in tokens:
             raise UserError(f"entry \"{request.key}\" of {where} asks for {request.token}, and --embeds brings "
-                            f"{', '.join(tokens) or 'nothing'}; train it with p6_personalize/train.py")
+                            f"{', '.join(tokens)}; train it with p6_personalize/train.py")
         for prompt in request.prompts:
             if request.token not in prompt:
                 print(f"the prompt {prompt!r} does not name {request.token} and will not show it", file=sys.stderr)
@@ -75,7 +80,7 @@ def settings_of(args, dtype, requests):
     """What decides how the images look, as a dict of plain types: settings.json."""
     parts = [args.checkpoint] if args.checkpoint.is_file() else sorted(
         path for ending in ("safetensors", "bin", "json") for path in args.checkpoint.glob(f"*/*.{ending}"))
-    return dict(prompts=[request.prompts for request in requests],
+    return dict(prompts={request.key: request.prompts for request in requests},
                 checkpoint=[digest_of(path) for path in parts] or str(args.checkpoint),  # or a name on the hub
                 embeds=[digest_of(path) for path in args.embeds],
                 steps=args.steps, guidance=args.guidance, seed=args.seed, dtype=str(dtype))

@@ -14,7 +14,7 @@ from utils import UserError, image_generators, in_batches, randn, require_finite
 
 import torch
 
-from files import load_torch, load_weights
+from files import load_torch, load_weights, read_json
 
 HERE = Path(__file__).resolve().parent
 SD_V1 = HERE / "sd-v1"  # the configuration and the tokenizer of Stable Diffusion 1, which its .ckpt file lacks
@@ -240,10 +240,10 @@ def read_embeds(path):
             raise UserError(f"{path} is no whole safetensors file ({type(error).__name__}); train it anew")
     else:
         content = load_torch(path, "file of embeddings")
-    rows = next(iter(content.values())) if isinstance(content, dict) and len(content) == 1 else None
-    if not torch.is_tensor(rows) or rows.ndim not in (1, 2) or not rows.numel():
+    token, rows = next(iter(content.items())) if isinstance(content, dict) and len(content) == 1 else (None, None)
+    if not isinstance(token, str) or not torch.is_tensor(rows) or rows.ndim not in (1, 2) or not rows.numel():
         raise UserError(f"{path} holds no embeddings of one token, {{\"<new1>\": rows}}; name a learned_embeds file")
-    return next(iter(content)), torch.atleast_2d(rows.float())
+    return token, torch.atleast_2d(rows.float())
 
 
 def add_embeds(pipe, path):
@@ -260,9 +260,17 @@ def add_embeds(pipe, path):
 
 # --- Sampling -----------------------------------------------------------------------------------
 
+def is_tiny(checkpoint):
+    """Whether a pipeline is one of tiny/train.py, whose texts are narrower than the 768 of Stable Diffusion 1."""
+    path = checkpoint / "unet/config.json"
+    config = read_json(path) if path.is_file() else None
+    width = config.get("cross_attention_dim") if isinstance(config, dict) else None
+    return checkpoint == PIPELINE or (isinstance(width, int) and width < 768)  # the former also where it is missing
+
+
 def default_guidance(checkpoint):
-    """The strength of guidance for a pipeline: that of Stable Diffusion, or what suits the tiny one."""
-    return 2.0 if checkpoint.resolve() == PIPELINE.resolve() else 7.5
+    """The strength of guidance for a pipeline: that of Stable Diffusion, or what suits a tiny one."""
+    return 2.0 if is_tiny(checkpoint) else 7.5
 
 
 @torch.no_grad()

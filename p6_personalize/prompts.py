@@ -1,6 +1,6 @@
 """Texts: the templates that concepts are learnt and classes are named with, and the course's input.json."""
 
-import math
+import sys
 from typing import NamedTuple
 
 from files import read_json
@@ -61,8 +61,8 @@ def _request(key, entry, where):
     if not _texts(clip_prompts) or len(clip_prompts) not in (0, len(prompts)):
         raise UserError(f"{where} needs as many texts in prompt_4_clip_eval as in prompt, {len(prompts)}")
     pairs = isinstance(baselines, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(type(x) in (int, float) and math.isfinite(x) for x in pair)
-        for pair in baselines)
+        isinstance(pair, list) and len(pair) == 2
+        and all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in pair) for pair in baselines)
     if not pairs or len(baselines) not in (0, len(prompts)):
         raise UserError(f"{where} needs a baseline of [image score, text score] for each of its {len(prompts)} prompts")
     return Request(key, token, prompts, clip_prompts, baselines)

@@ -10,8 +10,7 @@
     learned_embeds.safetensors          the last one, or with --choose the one that CLIP likes best
     last.pt, metrics.jsonl              for --resume; a line for each saved step
 
-Stable Diffusion 1 at 512x512 fits into 11 GB with --gradient_checkpointing. For a style: --learnable_property style
---initializer_token cartoon --steps 3000.
+For a style: --learnable_property style --initializer_token cartoon --steps 3000.
 """
 
 import sys
@@ -27,7 +26,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import training
-from files import make_output_dir, save_png, write_atomic
+from dataset import list_images
+from files import digest_of, make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import best_five, read_references, scores
 from p6_personalize.inversion import add_token, diffusion_loss, encode, random_square, save_embeds, token_ids
 from p6_personalize.model import CLIP, PIPELINE, Clip, default_guidance, generate, load_pipeline
@@ -51,7 +51,7 @@ def parse_args():
     add("--save_every", type=int_at_least(1), default=50, help="steps between saved embeddings")
     add("--validation_prompt", help="a prompt with the new word, to see what it has learnt at each saved step")
     add("--choose", type=nonempty_path, nargs="?", const=CLIP, help="a CLIP that chooses a step by image + 2.5 text")
-    add("--guidance", type=float_between(1), help="of the samples; 1 is none, not given 7.5, with the tiny pipeline 2")
+    add("--guidance", type=float_between(1), help="of the samples; 1 is none, not given 7.5, with a tiny pipeline 2")
     add("--gradient_checkpointing", action="store_true", help="compute twice to save memory: fits 512x512 into 11 GB")
     add("--resume", action="store_true", help="go on from last.pt in --output_dir")
     add("--dry_run", action="store_true", help="train two steps, write nothing")
@@ -66,12 +66,15 @@ def main():
     args = parse_args()
     if args.validation_prompt and args.placeholder_token not in args.validation_prompt:
         raise UserError(f"--validation_prompt {args.validation_prompt!r} lacks the new word {args.placeholder_token}")
-    if args.choose and not args.validation_prompt:
-        raise UserError("--choose judges images of a --validation_prompt; give one")
+    if (args.choose or args.guidance) and not args.validation_prompt:
+        raise UserError("--choose and --guidance are about images of a --validation_prompt; give one")
     args.checkpoint, args.choose = (path.resolve() if path and path.exists() else path  # as --resume compares them
                                     for path in (args.checkpoint, args.choose))
     references = read_references(args.data_dir)
+    config = dict(references=[digest_of(args.data_dir / name) for name in list_images(args.data_dir)])
     process, saved = training.start(args, "p6_personalize")
+    if saved and saved["config"] != config:
+        raise UserError(f"{args.output_dir / 'last.pt'} began with other images than {args.data_dir} holds; name those")
     if process.count > 1:
         raise UserError("textual inversion trains in one process; start it without torchrun")
     pipe = load_pipeline(args.checkpoint, process.device)
@@ -82,8 +85,7 @@ def main():
         pipe.unet.train()  # where the libraries do it; neither network has dropout or batch statistics
         pipe.unet.enable_gradient_checkpointing()
     clip = Clip(args.choose, process.device) if args.choose else None
-    adam = torch.optim.Adam(rows.parameters(), lr=args.lr)
-    adam.param_groups[0]["highest_lr"] = args.lr
+    adam = torch.optim.Adam([dict(params=rows.parameters(), lr=args.lr, highest_lr=args.lr)])
     parts = training.make_parts(rows, [adam], process, saved)
     metrics, means = saved["metrics"] if saved else [], training.Means()
     size, templates = pipe.unet.config.sample_size * pipe.vae_scale_factor, TEMPLATES[args.learnable_property]
@@ -106,16 +108,15 @@ def main():
         save_embeds(folder / "learned_embeds.safetensors", args.placeholder_token, rows.rows)
         if args.validation_prompt:
             with autocast(process.device, process.dtype):
-                batches = list(generate(pipe, [(n, args.validation_prompt) for n in range(8)], 0, 25,
-                                        args.guidance or default_guidance(args.checkpoint)))
-            images = torch.cat([images for _, images in batches])
+                images = torch.cat([x for _, x in generate(pipe, [(n, args.validation_prompt) for n in range(8)], 0, 25,
+                                                           args.guidance or default_guidance(args.checkpoint))])
             save_png(folder / "samples.png", make_grid(images, nrow=4))
         if clip:
             text = args.validation_prompt.replace(args.placeholder_token, args.initializer_token)
             image_score, text_score = best_five(*scores(clip, [to_pil_image(x) for x in images], references, text))
             means.add(image_score=torch.tensor(image_score), text_score=torch.tensor(text_score))
         training.log(metrics, means, step, 1, args, parts, process)
-        training.save_training(args.output_dir, parts, step, kind="p6_personalize", config={},
+        training.save_training(args.output_dir, parts, step, kind="p6_personalize", config=config,
                                recipe=training.recipe(args), metrics=metrics)
     if not args.dry_run:
         best = max(metrics, key=lambda row: row["image_score"] + 2.5 * row["text_score"]) if clip else metrics[-1]

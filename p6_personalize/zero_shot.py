@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+import plots
 from dataset import list_images, read_rgb
 from files import check_output_file, read_json, write_atomic
 from p6_personalize.model import CLIP, Clip
@@ -67,7 +68,6 @@ def classify(clip, paths, classes, batch_size=64):
 def draw_cases(path, right, wrong):
     """Writes a figure of up to five right and five wrong cases, lists of (image, predicted, label), with their
     classes."""
-    import plots
     figure, axes = plots.plt.subplots(2, 5, figsize=(plots.TEXT_WIDTH, 3.6), squeeze=False)
     for row, cases in zip(axes, (right, wrong)):
         for axis in row:
@@ -95,9 +95,10 @@ def main():
         raise UserError(f"--prompt {args.prompt!r} has no {{}}, where the name of the class goes")
     names = read_classes(args.id2label)
     files, labels = read_labels(args.folder, names)
-    for path in args.output, args.figure:
-        if path:
-            check_output_file(path)
+    if args.output:
+        check_output_file(args.output)
+    if args.figure:
+        plots.check_figure(args.figure)
     clip = Clip(args.clip, pick_device(args.device))
     numbers = sorted(names)
     classes = class_vectors(clip, [names[number] for number in numbers], ENSEMBLE if args.ensemble else [args.prompt])

@@ -47,6 +47,11 @@ def colors(images):
     return pixels.mean(1), pixels.std(1)
 
 
+def distance(features, others):
+    """The Frechet distance of features (N, D) and (M, D); NaN where one image alone has no covariance."""
+    return frechet_distance(features, others) if min(len(features), len(others)) > 1 else float("nan")
+
+
 class Judge:
     """Measures generated scenes against the images of the generator's part and of held-out scenes."""
 
@@ -67,18 +72,18 @@ class Judge:
         for _ in range(draws):
             chosen = np.concatenate([rng.permutation(indices)[:sum(len(names) == size for names in sets)]
                                      for size, indices in by_size.items()])
-            distances.append(frechet_distance(self.real_features[chosen], self.held_out_features))
+            distances.append(distance(self.real_features[chosen], self.held_out_features))
         return float(np.mean(distances))
 
     def __call__(self, images, sets):
         """{measure: number} of uint8 images (N, 3, 64, 64) that were asked to show the N `sets`."""
         labels = multi_hot(sets)
-        distance = frechet_distance(self.judge.features(as_input(images)), self.held_out_features)
+        frechet = distance(self.judge.features(as_input(images)), self.held_out_features)
         color_means, color_stds = ((ours - real).abs().max().item() for ours, real in zip(colors(images), self.colors))
         return dict(
             accuracy=self.evaluator.eval(as_input(images), labels), judge=self.judge.eval(as_input(images), labels),
             too_many=(count_objects(images, self.background) > labels.sum(1)).float().mean().item(),
-            frechet=distance, frechet_ratio=distance / self.floor(sets) if max(map(len, sets)) <= 3 else float("nan"),
+            frechet=frechet, frechet_ratio=frechet / self.floor(sets) if max(map(len, sets)) <= 3 else float("nan"),
             color_mean=color_means, color_std=color_stds)
 
 
@@ -101,7 +106,10 @@ def main():
               f"{100 * measures['too_many']:.0f} % of the scenes")
     both, sets = torch.cat(list(images.values())), sum(lists.values(), [])
     measures = judge(both, sets)
-    print(f"Frechet distance {measures['frechet']:.2f}, {measures['frechet_ratio']:.2f} times that of real images")
+    if np.isfinite(measures["frechet_ratio"]):
+        print(f"Frechet distance {measures['frechet']:.2f}, {measures['frechet_ratio']:.2f} times that of real images")
+    else:
+        print("no Frechet distance: real images show three objects at most, and a single image has no covariance")
     for what, ours, real in zip(("means", "standard deviations"), colors(both), judge.colors):
         print(f"{what} of red, green, blue: {' '.join(f'{x:.1f}' for x in ours)}; of real images: "
               f"{' '.join(f'{x:.1f}' for x in real)}")

@@ -97,7 +97,8 @@ def load_grader(path, device="cpu"):
     """
     content = load_torch(path, "evaluator")
     config = content.get("config") if isinstance(content, dict) else None
-    config = config if isinstance(config, dict) and config.get("network") in NETWORKS else {"network": "resnet18"}
+    if not isinstance(config, dict) or config.get("network") not in [*NETWORKS]:  # a generator's is a dict
+        config = {"network": "resnet18"}
     model = NETWORKS[config["network"]]()
     load_weights(model, content, path)
     return model.to(device).eval().requires_grad_(False), config

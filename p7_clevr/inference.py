@@ -61,7 +61,7 @@ def load_guide(path, scale, alphas_cumprod, device):
     network, config = load_grader(path, device)
     if "schedule" in config and not torch.equal(scene_schedule(**config["schedule"]), alphas_cumprod.cpu()):
         raise UserError(f"the classifier {path} knows other timesteps than the checkpoint; "
-                        "train both with one schedule")
+                        "train both with one --shift, --schedule and --timesteps")
     return Guide(network, "schedule" in config, scale)
 
 
@@ -134,12 +134,15 @@ def parse_args():
     parser.add_argument("output_dir", type=nonempty_path, help="folder for the images; made if need be")
     add_scene_arguments(parser)
     parser.add_argument("--scale", type=float_between(0), default=0.0, help="strength of classifier guidance, 0: none")
-    parser.add_argument("--guide", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
-                        help="the classifier that guides: the evaluator, or one of noisy images")
+    parser.add_argument("--guide", type=nonempty_path,
+                        help="the classifier that guides, maybe one of noisy images; if not given our evaluator")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--data_dir", type=nonempty_path, default=CONDITIONS, help="holds test.json and new_test.json")
     what.add_argument("--labels", nargs="+", metavar="OBJECT", help="draw these objects instead")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.guide and not args.scale:
+        raise UserError(f"--guide {args.guide} has no strength; give one by --scale, such as 1")
+    return args
 
 
 def main():
@@ -151,7 +154,7 @@ def main():
     device, sampling = pick_device(args.device), sampling_of(args)
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     evaluator = Evaluator(args.evaluator, device)
-    guide = load_guide(args.guide, args.scale, alphas_cumprod, device)
+    guide = load_guide(args.guide or CHECKPOINTS / "evaluator.pth", args.scale, alphas_cumprod, device)
     keep = strip_timesteps(visited_timesteps(sampling, alphas_cumprod))
     output_dir = make_output_dir(args.output_dir)
 

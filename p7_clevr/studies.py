@@ -22,7 +22,7 @@ from utils import argument_parser, nonempty_path, pick_device, run
 import pandas as pd
 import torch
 
-from files import check_output_file, digest_of, load_checkpoint, lock, write_atomic
+from files import check_output_file, digest_of, load_checkpoint, lock, other_rows, write_atomic
 from p1_ddpm.inference import Sampling, sampling_of
 from p1_ddpm.studies import as_text, markdown
 from p7_clevr.evaluate import Judge
@@ -66,8 +66,9 @@ def sets_of(kind, judge=None):
 
 
 def graders(evaluator, folder=CHECKPOINTS):
-    """The digests of all that judges or guides: the file `evaluator`, and judge.pth and noisy.pth in `folder`."""
-    return " ".join(digest_of(path) for path in (evaluator, folder / "judge.pth", folder / "noisy.pth"))
+    """The digests, each once, of all that judges or guides: of the file `evaluator`, and of the three in `folder`."""
+    files = [evaluator, *(folder / f"{name}.pth" for name in ("evaluator", "judge", "noisy"))]
+    return " ".join(dict.fromkeys(map(digest_of, files)))
 
 
 def parse_args():
@@ -77,6 +78,7 @@ def parse_args():
     parser.add_argument("--output", type=nonempty_path, default=CHECKPOINTS / "results.csv", help="the file of results")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
     add_scene_arguments(parser)
+    parser._handle_conflict_resolve(None, [("--seed", parser._option_string_actions["--seed"])])  # each row has its own
     return parser.parse_args()
 
 
@@ -97,6 +99,7 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     check_output_file(args.output)
+    other_rows(args.output, "graders")  # a foreign file is told before the networks are read
     lock(args.output.parent)  # two runs at once would overwrite each other's rows
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     checkpoint = load_checkpoint(args.checkpoint, "p7_clevr", ["metrics", "config"])

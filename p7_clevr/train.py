@@ -31,6 +31,21 @@ from p7_clevr.scenes import multi_hot, official_sets, read_scenes
 from transforms import as_input
 
 
+def add_schedule_arguments(parser):
+    """The flags of the noise schedule; train_evaluator.py shares them."""
+    parser.add_argument("--schedule", choices=["linear", "cosine"], default="cosine", help="noise schedule")
+    parser.add_argument("--timesteps", type=int_at_least(2), default=1000, help="T, the length of the noise schedule")
+    parser.add_argument("--shift", type=float_between(0.1, 10), default=3.0,
+                        help="factor of signal / noise at every timestep, as if images had that much more contrast")
+
+
+def schedule_of(args):
+    """The arguments of scene_schedule that the flags `args` ask for; UserError where it does not end in noise."""
+    schedule = dict(name=args.schedule, timesteps=args.timesteps, shift=args.shift)
+    require_noise(scene_schedule(**schedule), args.schedule)
+    return schedule
+
+
 def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
@@ -51,10 +66,7 @@ def parse_args():
     model.add_argument("--dropout", type=float_between(0, 1), default=0.0, help="dropout in the residual blocks")
     model.add_argument("--condition", choices=["multi_hot", "tokens"], default="tokens", help="how the set enters")
     model.add_argument("--patch", type=int_at_least(1), default=2, help="side of the patches that the network sees")
-    model.add_argument("--schedule", choices=["linear", "cosine"], default="cosine", help="noise schedule")
-    model.add_argument("--timesteps", type=int_at_least(2), default=1000, help="T, the length of the noise schedule")
-    model.add_argument("--shift", type=float_between(0.1, 10), default=3.0,
-                       help="factor of signal / noise at every timestep, as if images had that much more contrast")
+    add_schedule_arguments(model)
     return parser.parse_args()
 
 
@@ -62,9 +74,8 @@ def main():
     args = parse_args()
     config = dict(network=dict(channels=args.channels, blocks=args.blocks, dropout=args.dropout,
                                condition=args.condition, patch=args.patch),
-                  schedule=dict(name=args.schedule, timesteps=args.timesteps, shift=args.shift))
+                  schedule=schedule_of(args))
     alphas_cumprod = scene_schedule(**config["schedule"])
-    require_noise(alphas_cumprod, args.schedule)
     training.seed_all(args.seed)
     try:
         model = SceneUNet(**config["network"])

@@ -26,9 +26,8 @@ from p1_ddpm.diffusion import diffuse
 from p7_clevr.evaluator import NETWORKS, top_k_hits
 from p7_clevr.model import scene_schedule
 from p7_clevr.scenes import empty_background, read_scenes
+from p7_clevr.train import add_schedule_arguments, schedule_of
 from transforms import as_input, random_affine, uniform
-
-SCHEDULE = dict(name="cosine", timesteps=1000, shift=3.0)  # the generator's
 
 
 def parse_args():
@@ -43,6 +42,7 @@ def parse_args():
     parser.add_argument("--noisy", action="store_true", help="train on noisy images, to guide")
     parser.add_argument("--paste", type=float_between(0, 1), default=0.4,
                         help="share of images that get the objects of another one as well")
+    add_schedule_arguments(parser.add_argument_group("noise of --noisy, as the generator has it"))
     return parser.parse_args()
 
 
@@ -81,16 +81,17 @@ def accuracy(model, images, labels, noisy_at=None):
 
 def main():
     args = parse_args()
+    schedule = schedule_of(args)
     process, saved = training.start(args, "p7_clevr_evaluator")
     device = process.device
     images, labels, held_out_images, held_out_labels = (
         tensor.to(device) for part in ("grader", "held_out") for tensor in read_scenes(args.data_dir, part)[:2])
-    alphas_cumprod = scene_schedule(**SCHEDULE).to(device)
+    alphas_cumprod = scene_schedule(**schedule).to(device)
     background = as_input(empty_background(images))
     equal = (alphas_cumprod - 0.5).abs().argmin().item()  # where signal and noise have the same variance
     per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch
-    config = dict(network=args.network, **(dict(schedule=SCHEDULE) if args.noisy else {}))
+    config = dict(network=args.network, **(dict(schedule=schedule) if args.noisy else {}))
 
     training.seed_all(args.seed)
     model = NETWORKS[args.network]().to(device)

@@ -125,7 +125,8 @@ REQUEST = {"src_image": "dog", "token_name": "<new1>", "prompt": ["a photo of a 
     ({"0": dict(REQUEST, prompt=[])}, "needs a prompt"), ({"0": dict(REQUEST, prompt="a photo")}, "needs a prompt"),
     ({"0": dict(REQUEST, prompt_4_clip_eval=["one"])}, "as many texts"),
     ({"0": dict(REQUEST, baseline=[[1, 2]])}, "needs a baseline"),
-    ({"0": dict(REQUEST, baseline=[[1, "2"], [1, 2]])}, "needs a baseline")])
+    ({"0": dict(REQUEST, baseline=[[1, "2"], [1, 2]])}, "needs a baseline"),
+    ({"0": dict(REQUEST, baseline=[[1, 10**400], [1, 2]])}, "needs a baseline")])
 def test_an_input_json_that_is_not_the_schema_is_named(tmp_path, entry, message):
     path = tmp_path / "input.json"
     path.write_text(json.dumps(entry))
@@ -285,10 +286,15 @@ def test_resuming_is_bit_for_bit(learnt, pipeline, pictures, tmp_path):
         call(train, pictures, *flags)
     with pytest.raises(UserError, match="resume it with the same flags"):
         call(train, pictures, *flags, "--resume", "--seed", 1)
+    shutil.copytree(pictures, tmp_path / "others")
+    (tmp_path / "others/0.png").unlink()
+    with pytest.raises(UserError, match="began with other images than .*others holds"):
+        call(train, tmp_path / "others", *flags, "--resume")
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--validation_prompt", "a sphere"], "lacks the new word <new1>"), (["--choose"], "give one"),
+    (["--guidance", 9], "give one"),
     (["--checkpoint", "nowhere"], "nowhere cannot be loaded as a Stable Diffusion pipeline")])
 def test_training_refuses_what_does_not_go_together(pictures, pipeline, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
@@ -380,6 +386,27 @@ def test_images_are_of_these_weights_wherever_they_lie(learnt, pipeline, tmp_pat
     assert all(time > first[name] for name, time in draw(there).items())
 
 
+def test_each_entry_has_the_images_of_its_own_prompts(pipeline, tmp_path):
+    args = types.SimpleNamespace(checkpoint=pipeline, embeds=[], steps=1, guidance=2.0, seed=0)
+    told = [inference.settings_of(args, torch.float32, [prompts.Request(key, "<new1>", [prompt], [], [])
+                                                        for key, prompt in zip(keys, ("a <new1>", "the <new1>"))])
+            for keys in ("01", "10")]
+    assert json.dumps(told[0]) != json.dumps(told[1])
+
+
+def test_a_tiny_pipeline_has_guidance_and_words_of_its_own(pipeline, monkeypatch):
+    for checkpoint, tiny in (pipeline, True), (model.PIPELINE, True), (model.SD_V1, False), ("of/the-hub", False):
+        monkeypatch.setattr(sys, "argv", ["inference.py", "input.json", "out", str(checkpoint)])
+        if tiny:
+            assert inference.parse_args().embeds == inference.EMBEDS
+        else:
+            with pytest.raises(UserError, match="name the learned_embeds file of each by --embeds"):
+                inference.parse_args()
+        sys.argv += ["--embeds", "new1.bin"]
+        args = inference.parse_args()
+        assert args.embeds == [Path("new1.bin")] and args.guidance == (2.0 if tiny else 7.5)
+
+
 def test_prompts_that_will_not_show_their_concept_are_said(learnt, pipeline, capsys):
     pipe = model.load_pipeline(pipeline)
     token = model.add_embeds(pipe, learnt / "learned_embeds.safetensors")
@@ -415,6 +442,9 @@ def test_embeddings_that_do_not_fit_are_named(pipeline, learnt, tmp_path):
                           ("broken", "no whole safetensors file"), ("none", "there are no learnt embeddings")):
         with pytest.raises(UserError, match=message):
             model.add_embeds(pipe, tmp_path / f"{name}.safetensors")
+    torch.save({0: torch.zeros(8)}, tmp_path / "learned_embeds.bin")
+    with pytest.raises(UserError, match="no embeddings of one token"):
+        model.read_embeds(tmp_path / "learned_embeds.bin")
     torch.save({"<new2>": torch.zeros(8)}, tmp_path / "learned_embeds.bin")  # as older trainings have written it
     assert model.add_embeds(pipe, tmp_path / "learned_embeds.bin") == "<new2>"
     assert model.add_embeds(pipe, learnt / "learned_embeds.safetensors") == "<new1>"
@@ -616,8 +646,9 @@ def test_zero_shot_is_transformers_own_answer(clip, tmp_path, capsys):
          tmp_path / "out.csv")
     answers = (ours.images([read_rgb(folder / row[0]) for row in rows[1:]]) @ ensemble.T).argmax(1).tolist()
     assert pd.read_csv(tmp_path / "out.csv").predicted.tolist() == [list(names.values())[i] for i in answers]
-    with pytest.raises(UserError, match="has no {}"):
-        call(zero_shot, folder, "--id2label", tmp_path / "id2label.json", "--clip", clip, "--prompt", "a photo")
+    for flags, message in ((["--prompt", "a photo"], "has no {}"), (["--figure", "out.pdf"], "an .svg or a .png file")):
+        with pytest.raises(UserError, match=message):  # before a CLIP is looked for
+            call(zero_shot, folder, "--id2label", tmp_path / "id2label.json", "--clip", "nowhere", *flags)
     (folder / "3_1.png").write_bytes(b"")
     with pytest.raises(UserError, match="holds 3_1.png, which is not named"):
         call(zero_shot, folder, "--id2label", tmp_path / "id2label.json", "--clip", clip)
@@ -704,11 +735,18 @@ def test_the_tiny_world_trains_and_its_folders_load(world, tmp_path, monkeypatch
                  "--steps", 1, "--clip_judges", "--output", tmp_path / "results.csv"]
     call(tiny_evaluate, *evaluated, "--tables", "zero_shot", "judge", "prompts", "concepts")
     table, looks = pd.read_csv(tmp_path / "results.csv"), len(scenes.SEEN_LOOKS[1:])
-    assert table.groupby("table").size().to_dict() == dict(zero_shot=6, judge=2, prompts=2 + looks, concepts=7)
+    assert table.groupby("table").size().to_dict() == dict(zero_shot=6, judge=2, prompts=2 + looks, concepts=8)
     assert table.objects.between(0, 100).all() and (table.images >= 1).all()
     assert table[table.row.str.contains("look")].look.notna().sum() == looks + 3
     call(tiny_evaluate, *evaluated, "--tables", "judge", "--checkpoint", "nowhere")  # which draws nothing
-    assert pd.read_csv(tmp_path / "results.csv").objects.tolist() == table[table.table == "judge"].objects.tolist()
+    again = pd.read_csv(tmp_path / "results.csv")  # the rows of the other tables, then the new ones
+    kept, new = again[again.table != "judge"], again[again.table == "judge"]
+    pd.testing.assert_frame_equal(kept.reset_index(drop=True), table[table.table != "judge"].reset_index(drop=True))
+    assert new.index[0] == len(kept) and new.objects.tolist() == table[table.table == "judge"].objects.tolist()
+    (tmp_path / "results.csv").write_text("name\n1\n")
+    with pytest.raises(UserError, match="results.csv is no table"):
+        call(tiny_evaluate, *evaluated, "--tables", "judge", "--clip", "nowhere")
+    (tmp_path / "results.csv").unlink()
     with pytest.raises(UserError, match="no image of a purple sphere and a red cube"):
         call(tiny_evaluate, *evaluated, "--tables", "baselines")
 
@@ -723,6 +761,20 @@ def test_a_picture_counts_by_what_the_judge_sees(monkeypatch):
         {name[(int(image[0, 0, 0]) + i) % 24] for i in range(count)} for image in images], pictures, 1, 1)
     asked = [[name[0], name[1]], [name[3], name[5]], [name[7], name[8]], [name[0], name[23]]]
     assert studio.shown([""] * 4, asked) == dict(objects=62.5, all_objects=50.0, images=4)
+
+
+def test_the_look_that_an_image_is_in_is_undone_before_it_is_judged(monkeypatch):
+    """A judge who sees a red cube in an image of the pictures' own colours, and nothing in one of others."""
+    pictures = torch.randint(90, 160, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    drawn = torch.stack([scenes.apply(look, image) for look, image in zip(("sepia", "ice", None), pictures)])
+    monkeypatch.setattr(tiny_evaluate, "generate", lambda pipe, jobs, *_: [(jobs, drawn)])
+
+    def judge(images, count):
+        return [{"red cube"} if (images.int() - pictures.int()).abs().flatten(1).amax(1).min() <= 4 else set()]
+
+    studio = tiny_evaluate.Studio(None, judge, pictures, 1, 1)
+    assert studio.shown([""] * 3, [["red cube"]] * 3, "sepia") == dict(
+        objects=100.0, all_objects=100.0, look=33.3, images=3)
 
 
 # --- The report ---------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import training
+from conftest import call
 from files import digest_of, load_checkpoint, save_checkpoint
 from p1_ddpm.diffusion import ddim, ddpm, guided_predictor, uniform_timesteps
 from p1_ddpm.inference import Sampling
@@ -238,14 +239,16 @@ def test_the_courses_file_drops_in(evaluator_file, tmp_path, monkeypatch):
     assert evaluator.features(images).shape == (6, 512)
 
 
-def test_foreign_evaluators_are_refused(tmp_path, evaluator_file):
+def test_foreign_evaluators_are_refused(tmp_path, evaluator_file, checkpoint):
     torch.save({"model": nn.Linear(2, 2).state_dict()}, tmp_path / "foreign.pth")
     torch.save({"model": resnet18().state_dict()}, tmp_path / "imagenet.pth")
+    (tmp_path / "generator.pth").write_bytes(checkpoint.read_bytes())
     (tmp_path / "cut.pth").write_bytes(evaluator_file.read_bytes()[:1000])
     save_checkpoint(tmp_path / "noisy.pth", config=dict(network="encoder", schedule=dict(timesteps=10)),
                     model=NETWORKS["encoder"]().state_dict())
-    for name, message in (("foreign", "does not hold the weights"), ("imagenet", "do not fit ResNet18"),
-                          ("cut", "damaged"), ("gone", "there is no evaluator"), ("noisy", "on noisy images")):
+    for name, message in (("foreign", "does not hold the weights"), ("generator", "does not hold the weights"),
+                          ("imagenet", "do not fit ResNet18"), ("cut", "damaged"), ("gone", "there is no evaluator"),
+                          ("noisy", "on noisy images")):
         with pytest.raises(UserError, match=message):
             Evaluator(tmp_path / f"{name}.pth")
 
@@ -394,16 +397,9 @@ def test_guidance_reaches_the_mean_of_the_product_of_two_gaussians(monkeypatch, 
 
 # --- Training -----------------------------------------------------------------------------------
 
-def call(script, *arguments):
-    """The script's main() with these arguments on the CPU, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", "--device", "cpu", *map(str, arguments)])
-        script.main()
-
-
 def run_train(data_dir, output_dir, *arguments):
-    call(train, "--data_dir", data_dir, "--output_dir", output_dir, "--channels", 8, 8, "--patch", 8, "--batch_size",
-         16, "--timesteps", 4, "--warmup", 2, *arguments)
+    call(train, "--device", "cpu", "--data_dir", data_dir, "--output_dir", output_dir, "--channels", 8, 8, "--patch", 8,
+         "--batch_size", 16, "--timesteps", 4, "--warmup", 2, *arguments)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -453,7 +449,8 @@ def test_two_processes_train_together(tmp_path, data_dir, torchrun):
 
 def test_a_dry_run_writes_nothing(tmp_path, data_dir, capsys):
     run_train(data_dir, tmp_path / "out", "--dry_run")
-    call(train_evaluator, "--data_dir", data_dir, "--output_dir", tmp_path / "out", "--network", "encoder", "--dry_run")
+    call(train_evaluator, "--device", "cpu", "--data_dir", data_dir, "--output_dir", tmp_path / "out", "--network",
+         "encoder", "--dry_run")
     assert capsys.readouterr().out.count("dry run: two steps of 8 images went well") == 2
     assert not (tmp_path / "out").exists()
 
@@ -478,11 +475,13 @@ def test_pasting_adds_the_objects_of_another_picture(data_dir):
 
 @pytest.fixture(scope="module")
 def graders(tmp_path_factory, data_dir):
-    """A folder with judge.pth, trained for a moment, and noisy.pth, whose pictures are noisy."""
+    """A folder with judge.pth, trained for a moment, and noisy.pth and shifted.pth, whose pictures are noisy."""
     folder = tmp_path_factory.mktemp("graders")
-    for name, flags in (("judge", ["--epochs", 25, "--paste", 0]), ("noisy", ["--epochs", 1, "--noisy"])):
-        call(train_evaluator, "--data_dir", data_dir, "--output_dir", folder / "training" / name, "--network",
-             "encoder", "--batch_size", 12, "--lr", 1e-2, "--warmup", 2, "--save_every", 25, "--ema", 0.9, *flags)
+    for name, flags in (("judge", ["--epochs", 25, "--paste", 0]), ("noisy", ["--epochs", 1, "--noisy"]),
+                        ("shifted", ["--epochs", 1, "--noisy", "--shift", 2])):
+        call(train_evaluator, "--device", "cpu", "--data_dir", data_dir, "--output_dir", folder / "training" / name,
+             "--network", "encoder", "--batch_size", 12, "--lr", 1e-2, "--warmup", 2, "--save_every", 25, "--ema", 0.9,
+             *flags)
         os.replace(folder / "training" / name / "model.pt", folder / f"{name}.pth")
     return folder
 
@@ -496,7 +495,8 @@ def test_a_grader_learns_and_its_file_is_an_evaluator(graders, data_dir):
     evaluator = Evaluator(graders / "judge.pth")
     accuracy = evaluator.eval(inference.as_input(images), labels)
     assert accuracy == pytest.approx(lines[-1]["accuracy"], abs=0.12)  # two of 18 labels, for half precision
-    assert load_grader(graders / "noisy.pth")[1]["schedule"] == train_evaluator.SCHEDULE
+    for name, shift in ("noisy", 3.0), ("shifted", 2.0):
+        assert load_grader(graders / f"{name}.pth")[1]["schedule"] == dict(name="cosine", timesteps=1000, shift=shift)
 
 
 # --- Sampling and the lab's wrapper ---------------------------------------------------------------
@@ -551,7 +551,8 @@ def test_classifier_guidance_raises_the_classifiers_opinion(checkpoint, graders,
 def lab(tmp_path, checkpoint, evaluator_file):
     """lab(*arguments): main() of the wrapper's script with the tiny checkpoint, from the folder tmp_path."""
     def run(*arguments):
-        call(inference, "--checkpoint", checkpoint, "--evaluator", evaluator_file, "--steps", 2, *arguments)
+        call(inference, "--device", "cpu", "--checkpoint", checkpoint, "--evaluator", evaluator_file, "--steps", 2,
+             *arguments)
     return run
 
 
@@ -605,7 +606,8 @@ def test_bad_conditions_are_refused(tmp_path, lab, content, message):
     (["out", "--evaluator", "foreign.pt"], "does not hold the weights"),
     (["out", "--checkpoint", "misfit.pt"], "do not fit"), (["out", "--checkpoint", "schedule.pt"], "does not describe"),
     (["out", "--checkpoint", "nan.pt"], "hold NaN"), (["out", "--checkpoint", "huge.pt"], "scene 0 comes out as NaN"),
-    (["out", "--scale", 1, "--guide", "other.pth"], "other timesteps")])
+    (["out", "--scale", 1, "--guide", "other.pth"], "other timesteps"),
+    (["out", "--guide", "gone.pth"], "gone.pth has no strength")])
 def test_inference_refuses_bad_input(tmp_path, lab, checkpoint, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     weights = torch.load(checkpoint, weights_only=True)["ema"]
@@ -664,8 +666,9 @@ def test_the_judge_tells_real_pictures_from_noise(shipped, data_dir):
     noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     noise = judge(noise, sets)
     assert noise["frechet"] > 3 * real["frechet"] and noise["color_std"] > 20
-    four = judge(images[:5], [list(scenes.OBJECTS[:4])] * 5)
+    four, one = judge(images[:5], [list(scenes.OBJECTS[:4])] * 5), judge(images[:1], sets[:1])
     assert math.isnan(four["frechet_ratio"])  # real pictures show three at most
+    assert math.isnan(one["frechet"]) and math.isnan(one["frechet_ratio"])  # and one has no covariance
 
 
 def test_evaluate_script(shipped, data_dir, lab, tmp_path, capsys, monkeypatch):
@@ -686,6 +689,12 @@ def test_evaluate_script(shipped, data_dir, lab, tmp_path, capsys, monkeypatch):
     lab(tmp_path / "others", "--data_dir", tmp_path)
     sys.argv[1:2] = [str(tmp_path / "others"), "--conditions", str(tmp_path)]
     evaluate.main()
+    for name, objects in ("test", 1), ("new_test", 4):  # a set each, one of more objects than any real picture shows
+        (tmp_path / f"{name}.json").write_text(json.dumps([scenes.OBJECTS[:objects]]))
+    capsys.readouterr()
+    evaluate.main()
+    out = capsys.readouterr().out
+    assert "no Frechet distance: " in out and "nan" not in out
 
 
 def test_a_study_measures_each_setting_once(shipped, evaluator_file, data_dir, checkpoint, tmp_path, monkeypatch,
@@ -697,8 +706,8 @@ def test_a_study_measures_each_setting_once(shipped, evaluator_file, data_dir, c
     sets_of, measure, measured = studies.sets_of, studies.measure, []
     monkeypatch.setattr(studies, "sets_of", lambda kind, judge: sets_of(kind, judge)[:12])
     monkeypatch.setattr(studies, "measure", lambda *arguments: measured.append(arguments) or measure(*arguments))
-    flags = ["--output", tmp_path / "results.csv", "--data_dir", data_dir, "--checkpoint", checkpoint, "--steps", 1,
-             "--evaluator", shipped / "evaluator.pth", "--tables", "scale", "again", "five"]
+    flags = ["--device", "cpu", "--output", tmp_path / "results.csv", "--data_dir", data_dir, "--checkpoint",
+             checkpoint, "--steps", 1, "--evaluator", shipped / "evaluator.pth", "--tables", "scale", "again", "five"]
     call(studies, *flags)
     out = capsys.readouterr().out
     assert len(measured) == 5 and "±" in out and "| scale |" in out
@@ -710,6 +719,19 @@ def test_a_study_measures_each_setting_once(shipped, evaluator_file, data_dir, c
     capsys.readouterr()
     call(studies, *flags, "--evaluator", evaluator_file, "--tables", "five")  # another grader: measured anew
     assert len(measured) == 6 and "±" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # every row has a seed of its own
+        call(studies, *flags, "--seed", 1)
+    (tmp_path / "results.csv").write_text("table,accuracy\nfive,1\n")
+    with pytest.raises(UserError, match="results.csv is no table"):
+        call(studies, *flags)
+
+
+def test_graders_are_all_files_that_judge_or_guide(tmp_path):
+    for name in "evaluator", "judge", "noisy", "other":
+        (tmp_path / f"{name}.pth").write_text(name)
+    told = [digest_of(tmp_path / f"{name}.pth") for name in ("other", "evaluator", "judge", "noisy")]
+    assert studies.graders(tmp_path / "other.pth", tmp_path).split() == told
+    assert studies.graders(tmp_path / "evaluator.pth", tmp_path).split() == told[1:]
 
 
 def test_tables_vary_flags_and_report_what_took_part_in_no_choice():

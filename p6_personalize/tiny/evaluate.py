@@ -3,8 +3,8 @@
     python3 p6_personalize/tiny/evaluate.py --data_dir DIR --count 40 --output p6_personalize/checkpoints/results.csv
     python3 p6_personalize/tiny/evaluate.py --data_dir DIR --count 20 --tables zero_shot prompts
 
-Images are judged by the evaluator of p7_clevr, which no part of the tiny world has seen; for images in a look the
-look is undone first. Prints a line for each row, percentages:
+Images are judged by the evaluator of p7_clevr, which no part of the tiny world has seen; where a look is asked for, the
+one that an image is in is undone first. Rows of other tables stay in --output. Prints a line for each row, percentages:
     zero_shot   top-1 accuracy of the tiny CLIP on real images of one object, among 24, and of two, among 276 pairs
     baselines   what real images of input.json's prompts score; its baselines are nine tenths of that, rounded down
     judge       what the judge finds in real images
@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from files import check_output_file, write_atomic
+from files import check_output_file, lock, other_rows, write_atomic
 from p6_personalize.evaluate import CONCEPTS, read_references, scores
 from p6_personalize.inference import EMBEDS
 from p6_personalize.model import CLIP, PIPELINE, Clip, add_embeds, generate, load_pipeline
@@ -128,11 +128,12 @@ class Studio:
         show all of theirs, of images in the `look`."""
         batches = generate(self.pipe, list(enumerate(prompts)), 0, self.steps, self.guidance)
         images = torch.cat([batch for _, batch in batches])
-        found = [self.judge(undo(look, image)[None], len(names))[0] for image, names in zip(images, sets)]
+        looks = nearest_look(images, self.real) if look else [None] * len(images)
+        found = [self.judge(undo(own, image)[None], len(names))[0] for own, image, names in zip(looks, images, sets)]
         numbers = dict(objects=percent([name in seen for names, seen in zip(sets, found) for name in names]),
                        all_objects=percent([set(names) <= seen for names, seen in zip(sets, found)]))
         if look:
-            numbers["look"] = percent([name == look for name in nearest_look(images, self.real)])
+            numbers["look"] = percent([own == look for own in looks])
         return dict(numbers, images=len(prompts))
 
     def prompts(self, ones, pairs):
@@ -149,6 +150,7 @@ class Studio:
         unseen, both = [[UNSEEN_OBJECT]] * count, [[UNSEEN_OBJECT, "red cube"]] * count
         yield "before: a sphere", self.shown(["a photo of a sphere"] * count, unseen)
         yield f"before: a {UNSEEN_OBJECT}", self.shown([caption([UNSEEN_OBJECT])] * count, unseen)
+        yield f"before: a {UNSEEN_OBJECT} and a red cube", self.shown([caption(both[0])] * count, both)
         yield (f"before: the look {UNSEEN_LOOK}",
                self.shown([caption(names, UNSEEN_LOOK) for names in ones], ones, UNSEEN_LOOK))
         first, second = (add_embeds(self.pipe, path) for path in embeds)
@@ -172,7 +174,7 @@ def parse_args():
     parser.add_argument("--count", type=int_at_least(1), default=100, help="generated images in a row")
     parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float_between(1), default=2.0, help="classifier-free guidance; 1 is none")
-    parser.add_argument("--output", type=nonempty_path, help="a CSV file that gets all rows")
+    parser.add_argument("--output", type=nonempty_path, help="a CSV file that gets the rows")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser.parse_args()
 
@@ -181,6 +183,8 @@ def main():
     args = parse_args()
     if args.output:
         check_output_file(args.output)
+        other_rows(args.output, "table")  # a foreign file is told before anything is drawn
+        lock(args.output.parent)  # two runs at once would overwrite each other's rows
     device = pick_device(args.device)
     clip = Clip(args.clip, device)
     real, real_sets = read_world(args.data_dir, "held_out")
@@ -204,7 +208,8 @@ def main():
             print(f"{table}, {row}: {', '.join(f'{name} {value}' for name, value in numbers.items())}", flush=True)
             rows.append(dict(table=table, row=row, **numbers))
     if args.output:
-        write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
+        rows = pd.concat([other_rows(args.output, "table", args.tables), pd.DataFrame(rows)])
+        write_atomic(args.output, rows.to_csv(index=False).encode())
 
 
 if __name__ == "__main__":
