@@ -59,7 +59,7 @@ def check_output_file(path):
 def other_rows(path, key, values=()):
     """The rows of the CSV file `path` with none of `values` in the column `key`; none where there is no file."""
     import pandas as pd  # here, because most scripts that use this file do without
-    if not Path(path).exists():
+    if is_stream(path) or not Path(path).exists():
         return pd.DataFrame()
     try:
         table = pd.read_csv(path, dtype={key: str})

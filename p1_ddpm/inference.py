@@ -62,7 +62,6 @@ def add_sampling_arguments(parser):
                         help="strength of classifier-free guidance; 0 is the plain conditional model")
     parser.add_argument("--interval", type=float_between(0), nargs=2, default=SHIPPED.interval, metavar=("LOW", "HIGH"),
                         help="guidance acts while LOW <= 1000 t / T <= HIGH")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--batch_size", type=int_at_least(1), default=125, help="images at a time")
 
@@ -147,6 +146,7 @@ def parse_args():
     parser.add_argument("output_dir", type=nonempty_path,
                         help="folder for the images; made if need be, other files in it stay")
     add_sampling_arguments(parser)
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
     parser.add_argument("--per_class", type=int_at_least(1, 999),  # names and keys of noise have three digits
                         help="images of each class, at most 999; else so many that they are 1,000 in all")
     add_amp_argument(parser)

@@ -78,6 +78,7 @@ def parse_args():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--per_class", type=int_at_least(2, 999), default=DEFAULTS["per_class"],
                         help="images of each digit")
+    parser.add_argument("--seed", type=int_at_least(0), default=DEFAULTS["seed"], help="seed of the noise")
     add_sampling_arguments(parser)
     add_amp_argument(parser)
     return parser.parse_args()

@@ -78,7 +78,6 @@ def parse_args():
     parser.add_argument("--output", type=nonempty_path, default=CHECKPOINTS / "results.csv", help="the file of results")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
     add_scene_arguments(parser)
-    parser._handle_conflict_resolve(None, [("--seed", parser._option_string_actions["--seed"])])  # each row has its own
     return parser.parse_args()
 
 

@@ -153,7 +153,6 @@ def build(folder, checkpoints, device, quick):
         network=content["config"]["network"], schedule=content["config"]["schedule"], sampling=SHIPPED._asdict(),
         steps=records["scenes"][-1]["step"], loss=records["scenes"][-1]["loss"],
         loss_eps=records["scenes"][-1]["loss_eps"],
-        quarters=[records["scenes"][i]["loss_quarters"] for i in (0, -1)],
         minutes={name: sum(line["seconds"] for line in lines) / 60 for name, lines in records.items()},
         graders={name: records[name][-1]["accuracy"] for name in ("evaluator", "judge", "noisy")},
         grader_parameters={name: sum(p.numel() for p in network.network.parameters())

@@ -73,9 +73,11 @@ def percent(values):
 
 def zero_shot(clip, images, sets):
     """Yields (row, numbers) of the top-1 accuracy: among the 24 objects on images of one, by one prompt and by the
-    ensemble; among all 276 pairs on images of two."""
+    ensemble, each picture once; among all 276 pairs on images of two."""
     pairs, pair_names = with_count(2, images, sets)
     images, sets = with_count(1, images, sets)
+    distinct = list({image.numpy().tobytes(): i for i, image in enumerate(images)}.values())  # they repeat among scenes
+    images, sets = images[distinct], [sets[i] for i in distinct]
     vectors = clip.images([to_pil_image(image) for image in images])
     labels = torch.tensor([NUMBERS[names[0]] for names in sets])
     unseen = labels == NUMBERS[UNSEEN_OBJECT]
