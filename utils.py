@@ -166,10 +166,10 @@ def amp_dtype(name, device):
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def add_amp_argument(parser):
+def add_amp_argument(parser, default="auto"):
     """The flag --amp, for amp_dtype."""
-    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-                        help="mixed precision; auto takes what the device does fast")
+    parser.add_argument("--amp", nargs="?", const="auto", choices=["auto", "off", "bf16", "fp16"], default=default,
+                        help="mixed precision; auto, or --amp alone, takes what the device does fast")
 
 
 def autocast(device, dtype):

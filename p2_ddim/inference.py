@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, amp_dtype, argument_parser, autocast, float_between, image_generators, in_batches,
-                   int_at_least, nonempty_path, pick_device, require_finite, run)
+from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, autocast, float_between, image_generators,
+                   in_batches, int_at_least, nonempty_path, pick_device, require_finite, run)
 
 import torch
 from PIL import Image
@@ -41,8 +41,7 @@ def parse_args():
     parser.add_argument("--batch_size", type=int_at_least(1),
                         help="images at a time; when not given, as many as together have the pixels of one of 256x256")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--amp", nargs="?", const="auto", default="off", choices=["auto", "off", "bf16", "fp16"],
-                        help="mixed precision; --amp alone takes what the device does fast")
+    add_amp_argument(parser, "off")
     parser.add_argument("--skip_existing", action="store_true",
                         help="go on where an earlier run stopped, with the same noise files")
     return parser.parse_args()

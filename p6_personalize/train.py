@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
+from utils import (UserError, add_amp_argument, argument_parser, autocast, float_between, int_at_least, nonempty_path,
+                   run)
 
 import torch
 from torchvision.transforms.functional import to_pil_image
@@ -57,8 +58,7 @@ def parse_args():
     add("--dry_run", action="store_true", help="train two steps, write nothing")
     add("--seed", type=int_at_least(0), default=0, help="seed of all random numbers")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-        help="precision of all that is not learnt; auto takes what the device does fast")
+    add_amp_argument(parser)  # of all that is not learnt
     return parser.parse_args()
 
 
