@@ -93,7 +93,8 @@ def start(args, kind):
     last, results = args.output_dir / "last.pt", ("last.pt", "model.pt", "metrics.jsonl")
     if not args.resume:
         if not args.dry_run and any((args.output_dir / name).exists() for name in results):
-            raise UserError(f"{args.output_dir} holds a training already; add --resume or name another --output_dir")
+            way = "add --resume" if last.exists() else "move it away"
+            raise UserError(f"{args.output_dir} holds a training already; {way} or name another --output_dir")
         return process, None
     if not last.exists():
         raise UserError(f"there is no training to go on with, {last}; start without --resume")
@@ -107,7 +108,8 @@ def start(args, kind):
     wanted = recipe(args)
     if args.dry_run:
         wanted["batch_size"] = saved["recipe"]["batch_size"]
-    other = {name: value for name, value in saved["recipe"].items() if value != wanted.get(name)}
+    other = {name: value for name, value in saved["recipe"].items()
+             if name not in NOT_RECIPE and value != wanted.get(name)}
     if other:
         flags = " ".join(f"--{name} {' '.join(map(str, v)) or 'nothing' if isinstance(v, list) else v}"
                          for name, v in other.items())

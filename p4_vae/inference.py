@@ -93,7 +93,8 @@ def parse_args():
     unused = [flag for flag in set().union(*USES.values()) - USES[what]
               if getattr(args, flag) != parser.get_default(flag)]
     if unused:
-        raise UserError(f"--{min(unused)} means nothing to {what}; leave it out")
+        others = " and ".join(other for other in USES if min(unused) in USES[other])
+        raise UserError(f"--{min(unused)} means nothing to {what}, it is for {others}; leave it out")
     return args
 
 

@@ -16,14 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, amp_dtype, argument_parser, float_between, int_at_least, nonempty_path, pick_device, run
+from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, float_between, int_at_least, nonempty_path,
+                   pick_device, run)
 
 from tqdm import tqdm
 
 from files import digest_of, lock, make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import file_name, folder_of
-from p6_personalize.model import (HERE, PIPELINE, add_embeds, default_guidance, generate, is_tiny, load_pipeline,
-                                  read_embeds)
+from p6_personalize.model import HERE, PIPELINE, add_embeds, default_guidance, generate, load_pipeline, read_embeds
 from p6_personalize.prompts import IMAGES, read_requests
 
 EMBEDS = [HERE / "checkpoints/new1.safetensors", HERE / "checkpoints/new2.safetensors"]  # of the tiny pipeline
@@ -36,17 +36,16 @@ def parse_args():
     parser.add_argument("checkpoint", type=nonempty_path, nargs="?", default=PIPELINE,
                         help="the pipeline's folder or single file")
     parser.add_argument("--embeds", type=nonempty_path, nargs="+",
-                        help="learned_embeds files, one for each token; when not given, with a tiny pipeline, ours")
+                        help="learned_embeds files, one for each token; when not given, with our pipeline, ours")
     parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float_between(1),
                         help="classifier-free guidance, 1 is none; when not given 7.5, with a tiny pipeline 2")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
     parser.add_argument("--batch_size", type=int_at_least(1), default=5, help="images at a time")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-                        help="the networks' precision; auto takes what the device does fast")
+    add_amp_argument(parser)
     args = parser.parse_args()
-    if not args.embeds and not is_tiny(args.checkpoint):
+    if not args.embeds and args.checkpoint.resolve() != PIPELINE.resolve():  # another has embeddings of its own
         raise UserError(f"{args.checkpoint} has learnt no token of {args.input_json}; name the learned_embeds file of "
                         "each by --embeds")
     args.embeds = args.embeds or EMBEDS

@@ -73,7 +73,7 @@ def main():
     references = read_references(args.data_dir)
     config = dict(references=[digest_of(args.data_dir / name) for name in list_images(args.data_dir)])
     process, saved = training.start(args, "p6_personalize")
-    if saved and saved["config"] != config:
+    if saved and saved["config"] not in ({}, config):  # {}: of a training that did not record them
         raise UserError(f"{args.output_dir / 'last.pt'} began with other images than {args.data_dir} holds; name those")
     if process.count > 1:
         raise UserError("textual inversion trains in one process; start it without torchrun")

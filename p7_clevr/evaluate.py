@@ -106,10 +106,10 @@ def main():
               f"{100 * measures['too_many']:.0f} % of the scenes")
     both, sets = torch.cat(list(images.values())), sum(lists.values(), [])
     measures = judge(both, sets)
-    if np.isfinite(measures["frechet_ratio"]):
-        print(f"Frechet distance {measures['frechet']:.2f}, {measures['frechet_ratio']:.2f} times that of real images")
-    else:
-        print("no Frechet distance: real images show three objects at most, and a single image has no covariance")
+    if len(both) > 1:
+        ratio = measures["frechet_ratio"]  # none with sets of four, which no real image shows
+        print(f"Frechet distance {measures['frechet']:.2f}"
+              + (f", {ratio:.2f} times that of real images" if np.isfinite(ratio) else ""))
     for what, ours, real in zip(("means", "standard deviations"), colors(both), judge.colors):
         print(f"{what} of red, green, blue: {' '.join(f'{x:.1f}' for x in ours)}; of real images: "
               f"{' '.join(f'{x:.1f}' for x in real)}")

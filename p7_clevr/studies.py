@@ -87,7 +87,8 @@ def measure(model, alphas_cumprod, judge, setting, device, batch_size):
     sampling = Sampling(**{flag: setting[flag] for flag in Sampling._fields})
     guide = load_guide(CHECKPOINTS / f"{setting['guide']}.pth", setting["scale"], alphas_cumprod, device)
     start = time.time()
-    scenes = number_scenes(*[[]] * (setting["sets"] == "new_test"), sets)  # as lab6.sh, whose second list that is
+    # As lab6.sh numbers them, whose second list new_test is.
+    scenes = number_scenes([], sets) if setting["sets"] == "new_test" else number_scenes(sets)
     batches = generate(model, alphas_cumprod, scenes, sampling, setting["seed"], device, batch_size, guide)
     images = torch.cat([images for _, images, _ in batches])
     measures = dict(seconds=time.time() - start, **judge(images, sets))

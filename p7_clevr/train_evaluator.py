@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, autocast, float_between, nonempty_path, run
+from utils import UserError, argument_parser, autocast, float_between, nonempty_path, run
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,11 @@ def parse_args():
     parser.add_argument("--paste", type=float_between(0, 1), default=0.4,
                         help="share of images that get the objects of another one as well")
     add_schedule_arguments(parser.add_argument_group("noise of --noisy, as the generator has it"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    for flag in "schedule", "timesteps", "shift":
+        if not args.noisy and getattr(args, flag) != parser.get_default(flag):
+            raise UserError(f"--{flag} is about the noise of --noisy; leave it out, or add that")
+    return args
 
 
 def augment(x, labels, background, paste):

@@ -83,7 +83,7 @@ def test_a_flag_means_the_same_in_every_script():
             kind = "path" if takes_path(action) else getattr(action.type, "__qualname__", None)  # without its bounds
             kinds[name].setdefault((kind, type(action).__name__), []).append(script)
             if name in ("--device", "--amp", "--weights", "--optimizer"):
-                choices[name].setdefault(tuple(action.choices), []).append(script)
+                choices[name].setdefault((*action.choices, action.nargs), []).append(script)
             spellings[name.replace("_", "")].add(name)
     assert not {name: found for name, found in kinds.items() if len(found) > 1}
     assert not {name: found for name, found in choices.items() if len(found) > 1}

@@ -93,7 +93,7 @@ def test_what_does_not_fit_the_training_that_is_there(tmp_path):
         train(tmp_path, "--resume", "--lr", "0.2", "--width", "1", "2")
     (tmp_path / "kept").mkdir()
     shutil.copy(tmp_path / "model.pt", tmp_path / "kept")  # by someone who needs no last.pt
-    with pytest.raises(UserError, match="kept holds a training already"):
+    with pytest.raises(UserError, match="kept holds a training already; move it away or name another"):
         train(tmp_path / "kept")
     assert train(tmp_path, "--resume", "--epochs", "4")[-1]["step"] == 20  # a finished one may be prolonged
     with pytest.raises(UserError, match="was trained on another number of images than --data_dir holds"):

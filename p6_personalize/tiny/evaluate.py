@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from files import check_output_file, lock, other_rows, write_atomic
+from files import check_output_file, other_rows, write_atomic
 from p6_personalize.evaluate import CONCEPTS, read_references, scores
 from p6_personalize.inference import EMBEDS
 from p6_personalize.model import CLIP, PIPELINE, Clip, add_embeds, generate, load_pipeline
@@ -186,7 +186,6 @@ def main():
     if args.output:
         check_output_file(args.output)
         other_rows(args.output, "table")  # a foreign file is told before anything is drawn
-        lock(args.output.parent)  # two runs at once would overwrite each other's rows
     device = pick_device(args.device)
     clip = Clip(args.clip, device)
     real, real_sets = read_world(args.data_dir, "held_out")
