@@ -6,9 +6,10 @@
     python3 p1_ddpm/studies.py --tables domains --checkpoint p1_ddpm/checkpoints/mnistm_svhn.pt   # of two domains
 
 Generates up to 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output, of several
-domains a line each. Settings of the same checkpoint that are in that file already are not measured again, so an
-interrupted study goes on. Prints the tables as Markdown: mean and standard deviation where settings differ in the seed
-alone. On 2 CPU cores with AVX-512 the table reference takes 40 minutes, the others together 40.
+domains a line each. Settings of the same checkpoint, graders and precision that are in that file already are not
+measured again, so an interrupted study goes on. Prints the tables as Markdown: mean and standard deviation where
+settings differ in the seed alone. On 2 CPU cores with AVX-512 the table reference takes 40 minutes, the others
+together 40.
 """
 
 import sys
@@ -23,6 +24,7 @@ from utils import (add_amp_argument, amp_dtype, argument_parser, int_at_least, n
 import pandas as pd
 import torch
 
+from digit_classifier import CHECKPOINTS, PANEL
 from files import check_output_file, digest_of, load_checkpoint, lock, write_atomic
 from p1_ddpm.evaluate import Judge, summary
 from p1_ddpm.inference import SHIPPED, Sampling, add_sampling_arguments, domains_of, generate, sampling_of
@@ -140,7 +142,9 @@ def main():
     dtype = amp_dtype(args.amp, device)
     _, alphas_cumprod = load_model(args.checkpoint)
     epochs = load_checkpoint(args.checkpoint, "p1_ddpm", ["metrics"])["metrics"][-1]["epoch"]
-    digest = digest_of(args.checkpoint)
+    about = dict(checkpoint=digest_of(args.checkpoint), epochs=f"{epochs:g}",
+                 precision=str(dtype or torch.float32).removeprefix("torch."),
+                 graders=" ".join(digest_of(path) for path in (*CHECKPOINTS.values(), PANEL)))
     flags = dict(sampling_of(args)._asdict(), seed=args.seed, weights=args.weights, per_class=args.per_class)
     check_output_file(args.output)
     lock(args.output.parent)  # two runs at once would overwrite each other's rows
@@ -148,19 +152,21 @@ def main():
     rows = pd.read_csv(args.output, dtype=str).to_dict("records") if args.output.exists() else []
     for name in args.tables:
         for setting in settings(name, len(alphas_cumprod) - 1, flags):
-            row = dict(checkpoint=digest, epochs=f"{epochs:g}", **as_text(setting))
-            same = [old for old in rows if all(str(old[key]) == value for key, value in row.items())]
+            row = dict(about, **as_text(setting))
+            same = [old for old in rows if all(str(old.get(key)) == value for key, value in row.items())]
             if any(old["table"] == name for old in same):
                 continue
             measured = {old["domain"]: {key: old[key] for key in MEASURES} for old in same}  # another table may have it
             if not measured:
                 model, alphas_cumprod = load_model(args.checkpoint, device, setting["weights"])
                 measured = measure(model, alphas_cumprod, judges, setting, device, args.batch_size, dtype)
+            place = dict(table=name, checkpoint=about["checkpoint"], **as_text(setting))
+            rows = [old for old in rows if any(old[key] != value for key, value in place.items())]  # by other graders
             for domain, measures in measured.items():
                 rows.append(dict(table=name, domain=domain, **row, **measures))
                 print(rows[-1], flush=True)
             write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
-        made = pd.DataFrame(rows).query("table == @name and checkpoint == @digest")
+        made = pd.DataFrame(rows).query("table == @name and checkpoint == @about['checkpoint']")
         print(f"\n{name}\n\n{markdown(made.astype(dict.fromkeys(MEASURES, float)))}\n", flush=True)
 
 

@@ -748,7 +748,8 @@ def test_a_study_measures_each_setting_once(tmp_path, data_dir, checkpoint, monk
     printed = capsys.readouterr().out
     assert "| guidance | accuracy |" in printed and "| weights | accuracy |" in printed
     rows = pd.read_csv(tmp_path / "results.csv", dtype=dict(checkpoint=str))
-    assert list(rows.columns) == ["table", "domain", "checkpoint", "epochs", *studies.FLAGS, *studies.MEASURES]
+    assert list(rows.columns) == ["table", "domain", "checkpoint", "epochs", "precision", "graders", *studies.FLAGS,
+                                  *studies.MEASURES]
     assert rows.groupby("table").size().to_dict() == dict(guidance=6, interval=4, ema=2)
     assert set(rows.checkpoint) == {digest_of(tmp_path / "last.pt")} and set(rows.epochs) == {2.5}
     # One setting stands in all three tables, and is measured once.
@@ -758,6 +759,11 @@ def test_a_study_measures_each_setting_once(tmp_path, data_dir, checkpoint, monk
     monkeypatch.setattr(studies, "measure", None)  # a second call finds everything done
     call(studies, *flags)
     assert (tmp_path / "results.csv").read_bytes() == before
+    monkeypatch.setattr(studies, "digest_of", lambda path: digest_of(path) if "Classifier" not in path.name else "new")
+    monkeypatch.setattr(studies, "measure", lambda *_: dict(mnistm=dict.fromkeys(studies.MEASURES, 7)))
+    call(studies, *flags)  # by other graders: in the place of the old rows
+    again = pd.read_csv(tmp_path / "results.csv")
+    assert len(again) == len(rows) and (again.accuracy == 7).all()
 
 
 def test_a_study_of_two_domains_measures_each(tmp_path, data_dir, monkeypatch, capsys):
