@@ -275,6 +275,7 @@ def test_other_models_faces_are_judged_and_recorded(data, trained, tmp_path, mon
     monkeypatch.setattr(evaluate, "Judge", lambda sources, identity: lambda images: (
         dict(face_rate=images.float().mean().item() / 255, kid=0.1, nearest=9.0),
         dict(face_rate=len(images) / 100, kid=0.0, nearest=1.0)))
+    monkeypatch.setattr(evaluate, "require_judges", lambda identity: None)
     flags = ["--data_dir", data, "--checkpoint", trained / "model.pt", "--device", "cpu", "--count", 30]
     call(evaluate, *flags, "--others", data, "--output", tmp_path / "new/faces.csv")
     table = pd.read_csv(tmp_path / "new/faces.csv")
