@@ -60,7 +60,7 @@ def cut_grid(picture):
                         f"{SIZE}x{SIZE}; name a folder, or a grid of save_image")
     tiles = pixels[:, padding:, padding:].unfold(1, SIZE, SIZE + padding).unfold(2, SIZE, SIZE + padding)
     tiles = tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)
-    # An empty place of a JPEG is not of one colour: it has a rim of its neighbours' ripples.
+    # An empty place of a JPEG is not of one colour: its outer blocks of 8x8 have its neighbours' ripples.
     seen = [i for i, tile in enumerate(tiles) if tile[:, 8:-8, 8:-8].float().std() > 2]
     return tiles[:seen[-1] + 1] if seen else tiles
 
