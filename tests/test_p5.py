@@ -187,13 +187,17 @@ def test_two_processes_train_together(data, tmp_path, torchrun):
 TOGETHER = """
 import argparse, sys
 sys.path.insert(0, {root!r})
-import torch, training
+import utils, torch, training
 from p5_gan.augment import DiffAugment
-process = training._join(argparse.Namespace(device="cpu", amp="off"))
-augment = DiffAugment()
-augment.share.fill_(0.5)
-augment.adapt(torch.tensor([[3.0, 3.0, 3.0, -3.0], [3.0, 3.0, 3.0, 3.0]][process.rank]))  # mean signs 0.5 and 1
-sys.stdout.write(f"share {{augment.share:.5f}}\\n")
+
+def main():
+    process = training._join(argparse.Namespace(device="cpu", amp="off"))
+    augment = DiffAugment()
+    augment.share.fill_(0.5)
+    augment.adapt(torch.tensor([[3.0, 3.0, 3.0, -3.0], [3.0] * 4][process.rank]))  # mean signs 0.5 and 1
+    sys.stdout.write(f"share {{augment.share:.5f}}\\n")
+
+utils.run(main)  # as every script: Python's own shutdown may abort in Gloo's threads
 """
 
 

@@ -182,12 +182,16 @@ def test_every_epoch_is_a_permutation_shared_by_the_processes(tmp_path):
 TOGETHER = """
 import argparse, sys
 sys.path.insert(0, {root!r})
-import torch, training
-process = training._join(argparse.Namespace(device="cpu", amp="off"))
-model = torch.nn.Linear(2, 1)
-parallel = training.distribute(model, process)
-parallel(torch.tensor([[1.0, 2.0], [3.0, 6.0]][process.rank])).sum().backward()
-sys.stdout.write(f"gradient {{model.weight.grad.flatten().tolist()}}\\n")
+import utils, torch, training
+
+def main():
+    process = training._join(argparse.Namespace(device="cpu", amp="off"))
+    model = torch.nn.Linear(2, 1)
+    parallel = training.distribute(model, process)
+    parallel(torch.tensor([[1.0, 2.0], [3.0, 6.0]][process.rank])).sum().backward()
+    sys.stdout.write(f"gradient {{model.weight.grad.flatten().tolist()}}\\n")
+
+utils.run(main)  # as every script: Python's own shutdown may abort in Gloo's threads
 """
 
 
