@@ -44,6 +44,19 @@ def ablation(results):
     return [row for row in rows if any(value is not None for value in row[1:])]
 
 
+def longer(results):
+    """Rows (method and statistics, accuracy from MNIST-M to SVHN with its own budget, with AdaMatch's steps), seed 0, where
+    the latter is there."""
+    runs = results[results.target == "svhn"].drop_duplicates(["run", "statistics"])
+    runs = runs.set_index(["run", "statistics"]).accuracy
+    rows = [(title, *(runs.get((f"{budget}{name}_s0", statistics)) for budget in ("", "long_")))
+            for title, name, statistics in (("Trained on source", "mnistm_source_only", "source"),
+                                            ("  with target statistics", "mnistm_source_only", "target"),
+                                            ("Adaptation (DANN)", "mnistm_svhn_dann", "target"),
+                                            ("Trained on target", "svhn_target_only", "target"))]
+    return [row for row in rows if row[-1] is not None]
+
+
 def over_training(path):
     """{name: the mean over all steps} of the numbers in a training's record."""
     rows = pd.DataFrame(read_jsonl(path)).select_dtypes("number")
@@ -74,7 +87,7 @@ def build(folder, checkpoints, data_dir, device, quick):
         matrices[pair] = confusion_matrix(labels, predict(model, images).argmax(dim=1))
     confusion_figure(folder / "p3_pairs_confusion.svg", matrices)
     return dict(accuracies=accuracies(results), distances=distances, recipes=recipes, record=record,
-                ablation=ablation(results), ablation_epochs=ADAMATCH_ABLATION["complete"][1]["epochs"],
+                longer=longer(results), ablation=ablation(results), ablation_epochs=ADAMATCH_ABLATION["complete"][1]["epochs"],
                 choices=choices(results), rank_correlations=rank_correlations(candidates(results)),
                 domains=DOMAIN_NAMES, parameters=sum(p.numel() for p in model.parameters()),
                 widths=model.config["widths"], features=model.config["num_features"],

@@ -108,3 +108,12 @@ def test_the_ablation_tells_what_was_left_out_and_what_is_not_measured():
     assert ADAMATCH_ABLATION_PAIRS == (("mnistm", "svhn"), ("usps", "mnistm"))
     assert p3_pairs.ablation(results) == [("nothing", 92, 94), (ADAMATCH_ABLATION["no_ramp"][0], None, 33)]
     assert p3_pairs.ablation(results[:0]) == []
+
+
+def test_longer_trainings_stand_beside_those_of_the_same_seed_and_statistics():
+    rows = [("mnistm_source_only_s0", "svhn", "source", 70.0), ("mnistm_source_only_s0", "usps", "source", 98.0),
+            ("mnistm_source_only_s0", "svhn", "target", 74.0), ("mnistm_svhn_dann_s0", "svhn", "target", 81.0),
+            ("mnistm_svhn_dann_s1", "svhn", "target", 80.0), ("long_mnistm_source_only_s0", "svhn", "target", 75.0),
+            ("long_svhn_target_only_s0", "svhn", "target", 95.0)]
+    results = pd.DataFrame(rows, columns=["run", "target", "statistics", "accuracy"])
+    assert p3_pairs.longer(results) == [("  with target statistics", 74, 75), ("Trained on target", None, 95)]
