@@ -1,12 +1,12 @@
 """The study of problem 2: what the recipe gives beside the public one, and what each of its parts gives.
 
-    python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58 --recipes wide public  # H200: 9 minutes each
+    python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58 --recipes ours public  # H200: 4 and 9 minutes
     python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58                         # all recipes
 
 Trains each recipe into a folder of --output_dir, unless that is done (an interrupted training goes on), judges 1,000
 samples as face_grader.py does, which needs its packages, and writes a row each into --output, with the seconds and the
 images that the training took; rows of other recipes stay there. Prints the table as Markdown. Recipes compare when they
-took as long: wide with public, the others with ours.
+took as long: narrow with public, the others with ours.
 """
 
 import subprocess
@@ -28,9 +28,9 @@ from p5_gan.model import load_model
 
 RECIPES = {  # flags of train.py
     "ours": [],
-    "wide": ["--channels", "48", "--epochs", "87"],
+    "narrow": ["--channels", "48", "--batch_size", "128", "--lr", "3e-4", "--epochs", "87"],
     # DCGAN with spectral norm as public solutions have it.
-    "public": ["--channels", "64", "--loss", "cross_entropy", "--no_augment", "--ema", "0", "--lr", "2e-4",
+    "public": ["--loss", "cross_entropy", "--no_augment", "--ema", "0", "--batch_size", "128", "--lr", "2e-4",
                "--epochs", "94"],
     "no_augment": ["--no_augment"],
     "no_ema": ["--ema", "0"],

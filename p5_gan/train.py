@@ -39,12 +39,12 @@ def parse_args():
     parser = argument_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p5_gan/output", help="where to write")
-    training.add_arguments(parser, epochs=24, batch_size=128, lr=3e-4, warmup=100, weight_decay=0.0, ema=0.999,
+    training.add_arguments(parser, epochs=80, batch_size=256, lr=4e-4, warmup=100, weight_decay=0.0, ema=0.999,
                            save_every=500)
     parser.add_argument("--loss", choices=sorted(LOSSES), default="hinge", help="what the two players minimise")
     parser.add_argument("--no_augment", action="store_true", help="show the discriminator the images as they are")
     parser.add_argument("--latents", type=int_at_least(1), default=128, help="length of the latent vector")
-    parser.add_argument("--channels", type=int_at_least(1), default=32, help="width of both networks at 32x32")
+    parser.add_argument("--channels", type=int_at_least(1), default=64, help="width of both networks at 32x32")
     args = parser.parse_args()
     if args.optimizer == "muon":
         raise UserError("--optimizer muon has no matrix to train here; leave it out")

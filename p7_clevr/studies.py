@@ -1,7 +1,7 @@
 """How guidance, sampler, steps and classifier guidance trade accuracy, fidelity and time: the report's tables.
 
     python3 p7_clevr/studies.py --data_dir DIR                                # all tables of the committed checkpoint
-    python3 p7_clevr/studies.py --data_dir DIR --tables conditioning --checkpoint multi_hot.pt
+    python3 p7_clevr/studies.py --data_dir DIR --tables ablation --checkpoint multi_hot/model.pt
 
 Generates the scenes of each setting, judges them as evaluate.py does, and adds a line to --output. Settings of the same
 checkpoint and graders that are in that file already are not measured again, so an interrupted study goes on. Prints the
@@ -44,7 +44,7 @@ TABLES = {
         ("ddim", 10), ("ddim", 20), ("ddim", 30), ("ddim", 40), ("dpmpp", 20), ("dpmpp", 30), ("ddpm", 30))]),
     "classifier": each("choice", (11,), {}, *[dict(guide=guide, scale=scale) for guide, scale in (
         ("evaluator", 0.3), ("noisy", 1.0))]),
-    "conditioning": each("choice", (11,), *[dict(guidance=g) for g in (0.0, 2.0)]),
+    "ablation": each("choice", (11,), *[dict(guidance=g) for g in (0.0, 2.0)]),
     "seeds": [row for sets in ("test", "new_test") for row in each(sets, range(5), {})]
              + [row for sets in ("held_out", "four", "five") for row in each(sets, (0,), {})],
     "judged": [row for sets in ("test", "new_test") for row in each(sets, (0,), dict(scale=0.3))],
@@ -73,8 +73,8 @@ def graders(evaluator, folder=CHECKPOINTS):
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=[t for t in TABLES if t != "conditioning"],
-                        help="which tables to make; conditioning asks for a checkpoint of each kind")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=[t for t in TABLES if t != "ablation"],
+                        help="which tables to make; ablation compares checkpoints, one a run")
     parser.add_argument("--output", type=nonempty_path, default=CHECKPOINTS / "results.csv", help="the file of results")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
     add_scene_arguments(parser)
@@ -103,9 +103,10 @@ def main():
     lock(args.output.parent)  # two runs at once would overwrite each other's rows
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     checkpoint = load_checkpoint(args.checkpoint, "p7_clevr", ["metrics", "config"])
-    about = dict(checkpoint=digest_of(args.checkpoint),
-                 graders=graders(args.evaluator),
-                 condition=checkpoint["config"]["network"]["condition"],
+    network, schedule = checkpoint["config"]["network"], checkpoint["config"]["schedule"]
+    about = dict(checkpoint=digest_of(args.checkpoint), graders=graders(args.evaluator),
+                 channels=" ".join(map(str, network["channels"])), condition=network["condition"],
+                 schedule=f"{schedule['name']}, shift {schedule['shift']:g}",
                  epochs=f"{checkpoint['metrics'][-1]['epoch']:g}")
     flags = dict(DEFAULTS, **sampling_of(args)._asdict(), weights=args.weights)
     judge = Judge(args.data_dir, device, args.evaluator)

@@ -70,11 +70,12 @@ def scene_grid(path, images, sets, misses, columns=8):
 # --- The studies --------------------------------------------------------------------------------
 
 def read_results(path, checkpoint):
-    """The rows of results.csv about the file `checkpoint` by the shipped graders; UserError when a table is missing."""
+    """The rows of results.csv by the shipped graders about the file `checkpoint`, and, in the table "ablation", about the
+    networks beside it; UserError when a table is missing."""
     rows = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
     judged = rows.graders == graders(path.parent / "evaluator.pth", path.parent)
-    rows = rows[judged & (rows.checkpoint == digest_of(checkpoint))]
-    lacking = [name for name in TABLES if name != "conditioning" and name not in set(rows.table)]
+    rows = rows[judged & ((rows.checkpoint == digest_of(checkpoint)) | (rows.table == "ablation"))]
+    lacking = [name for name in TABLES if name not in set(rows.table)]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)} for {checkpoint}; run p7_clevr/studies.py")
     return rows
@@ -115,7 +116,8 @@ def build(folder, checkpoints, device, quick):
     content = load_checkpoint(checkpoint, "p7_clevr", ["recipe", "config"])
     model, alphas_cumprod = load_model(checkpoint, device)
     rows = read_results(checkpoints / "results.csv", checkpoint)
-    tables = {name: over_seeds(group) for name, group in rows.groupby("table")}
+    tables = {name: over_seeds(group) for name, group in rows.groupby("table") if name != "ablation"}
+    tables["ablation"] = rows[rows.table == "ablation"]
     records = {name: read_jsonl(checkpoints / f"{name}.jsonl") for name in ("scenes", "evaluator", "judge", "noisy")}
     networks = {name: Evaluator(checkpoints / f"{name}.pth", device) for name in ("evaluator", "judge")}
     shipped = SHIPPED._replace(steps=2) if quick else SHIPPED
