@@ -25,11 +25,11 @@ REQUESTS = {
     "0": dict(src_image=UNSEEN_OBJECT, token_name="<new1>",
               prompt=["a photo of a <new1>", "a photo of a <new1> and a red cube"],
               prompt_4_clip_eval=[f"a photo of a {UNSEEN_OBJECT}", f"a photo of a {UNSEEN_OBJECT} and a red cube"],
-              baseline=[[89, 85], [8, 82]]),
+              baseline=[[89, 83], [24, 84]]),
     "1": dict(src_image=UNSEEN_LOOK, token_name="<new2>",
               prompt=["a photo of a blue cube in the style of <new2>", "a photo of a <new1> in the style of <new2>"],
               prompt_4_clip_eval=["a photo of a blue cube", f"a photo of a {UNSEEN_OBJECT}"],
-              baseline=[[13, 47], [-10, 38]]),
+              baseline=[[9, 56], [-2, 51]]),
 }
 # (objects, look) of each prompt.
 SHOWN = {"0": [([UNSEEN_OBJECT], None), ([UNSEEN_OBJECT, "red cube"], None)],
