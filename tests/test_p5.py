@@ -219,7 +219,7 @@ def test_the_study_trains_each_recipe_with_its_flags_and_keeps_other_rows(data, 
     monkeypatch.setattr(studies, "require_judges", lambda: None)
     monkeypatch.setattr(studies, "Judge", lambda sources: lambda images: (dict.fromkeys(studies.MEASURES, 0.5), {}))
     flags = ["--data_dir", data, "--output", tmp_path / "results.csv", "--output_dir", tmp_path / "out", "--count", 2]
-    call(studies, *flags, "--recipes", "wide", "public")
+    call(studies, *flags, "--recipes", "narrow", "public")
     call(studies, *flags)
     assert pd.read_csv(tmp_path / "results.csv").recipe.tolist() == list(studies.RECIPES)
     resumed = [command[:-1] for command in commands[2:] if command[-1] == "--resume"]

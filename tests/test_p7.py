@@ -795,12 +795,17 @@ def chapter(tmp_path, graders, evaluator_file):
     for name in "scenes", "evaluator", "judge", "noisy":
         training.write_jsonl(folder / f"{name}.jsonl", lines)
     rng = np.random.default_rng(0)
+    about = dict(checkpoint=digest_of(folder / "scenes.pt"), epochs=96, channels="48 96 192", condition="tokens",
+                 schedule="cosine, shift 3")
+    others = [dict(epochs=16), dict(epochs=16, condition="multi_hot"), dict(epochs=16, schedule="cosine, shift 1"),
+              dict(epochs=16, schedule="linear, shift 3"), dict(channels="64 128 256")]
+    networks = [about, *(dict(about, checkpoint=f"{number:08x}", **other) for number, other in enumerate(others))]
     studies.pd.DataFrame(
-        [dict(table=table, checkpoint=digest_of(folder / "scenes.pt"), epochs=4, channels="8 8",
-              condition="tokens", schedule="cosine, shift 3", graders=studies.graders(folder / "evaluator.pth", folder),
+        [dict(network, table=table, graders=studies.graders(folder / "evaluator.pth", folder),
               **studies.as_text({**studies.DEFAULTS, **changes}, studies.FLAGS), **dict.fromkeys(studies.MEASURES, 0.5))
          | dict(accuracy=rng.uniform(0.5, 1)) for table, rows in studies.TABLES.items()
-         for changes in rows]).to_csv(folder / "results.csv", index=False)
+         for network in networks[:None if table == "ablation" else 1] for changes in rows
+         ]).to_csv(folder / "results.csv", index=False)
     return folder
 
 
@@ -818,6 +823,7 @@ def test_the_report_shows_every_figure_and_the_numbers_of_the_records(chapter, t
     [test] = [row for row in numbers["tables"]["seeds"] if row["sets"] == "test"]
     assert test["accuracy"] == pytest.approx(rows.accuracy.mean()) and test["seeds"] == len(rows) == 5
     assert (numbers["steps"], numbers["minutes"]["judge"], numbers["loss"]) == (400, 3, 0.25)
+    assert len({row["checkpoint"] for row in numbers["tables"]["ablation"]}) == 6  # others stand in no other table
     assert [(level["way"], level["side"]) for level in numbers["levels"]] == [
         ("down", 8), ("down", 4), ("up", 4), ("up", 8)]
     rows = studies.pd.read_csv(chapter / "results.csv").query("table != 'classifier'")
