@@ -45,8 +45,7 @@ TABLES = {
     "classifier": each("choice", (11,), {}, *[dict(guide=guide, scale=scale) for guide, scale in (
         ("evaluator", 0.3), ("noisy", 1.0))]),
     "ablation": each("choice", (11,), *[dict(guidance=g) for g in (0.0, 2.0)]),
-    "seeds": [row for sets in ("test", "new_test") for row in each(sets, range(5), {})]
-             + [row for sets in ("held_out", "four", "five") for row in each(sets, (0,), {})],
+    "seeds": [row for sets in ("test", "new_test", "held_out", "four", "five") for row in each(sets, range(5), {})],
     "judged": [row for sets in ("test", "new_test") for row in each(sets, (0,), dict(scale=0.3))],
     "fidelity": each("real", (0,), {}),
 }
