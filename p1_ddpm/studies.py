@@ -60,7 +60,10 @@ TABLES = {
     "steps": [dict(DDIM, sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (8, 12, 20, 32)],
     "spacing": [dict(DDIM, spacing=s, steps=n) for s in ("log_snr", "uniform") for n in (8, 20, 32)],
     "reference": [dict(DDIM, sampler="ddpm", steps=1000)],  # all steps, where there are fewer
-    "domains": [dict(guidance=g, seed=11, per_class=25) for g in (1.5, 2.5, 4.0)],  # two domains, one network
+    "domains": [dict(row, per_class=25) for row in candidates(  # two domains, one network
+        (11,), ("dpmpp", 12, 1.5, 400, 900), ("dpmpp", 12, 2.5, 400, 900), ("dpmpp", 12, 4.0, 400, 900),
+        ("dpmpp", 12, 2.5, 200, 950), ("ddim", 12, 2.0, 200, 1000), ("ddim", 16, 2.0, 300, 950),
+        ("ddim", 20, 2.0, 200, 1000), ("ddim", 20, 3.0, 200, 1000), ("ddim", 24, 3.5, 600, 900))],
     "ema": [dict(DDIM, weights=w) for w in ("ema", "model")],
 }
 DEFAULTS = dict(SHIPPED._asdict(), seed=0, weights="ema", per_class=100)
