@@ -7,7 +7,7 @@
 --resume, --dry_run and torchrun as in every train.py. DIR is that of p7_clevr. Writes into --output_dir, for each part
 a folder of its name with last.pt and metrics.jsonl, and `model`, a folder in the format of transformers or diffusers in
 half precision. p6_personalize/checkpoints holds clip/model and pipeline/model as clip and pipeline: the first two took
-four and three minutes on an H200 (losses 0.28 and 0.018), how the third (0.124) was trained the README of 2024 says.
+four and three minutes on an H200 (losses 0.28 and 0.018), how the third (0.118) was trained the README of 2024 says.
 """
 
 import argparse
