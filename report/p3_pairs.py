@@ -45,8 +45,8 @@ def ablation(results):
 
 
 def longer(results):
-    """Rows (method and statistics, accuracy from MNIST-M to SVHN with its own budget, with AdaMatch's steps), seed 0, where
-    the latter is there."""
+    """Rows (method and statistics, accuracy from MNIST-M to SVHN with its own budget, and with AdaMatch's steps) of seed 0,
+    where the latter is there."""
     runs = results[results.target == "svhn"].drop_duplicates(["run", "statistics"])
     runs = runs.set_index(["run", "statistics"]).accuracy
     rows = [(title, *(runs.get((f"{budget}{name}_s0", statistics)) for budget in ("", "long_")))
@@ -87,7 +87,8 @@ def build(folder, checkpoints, data_dir, device, quick):
         matrices[pair] = confusion_matrix(labels, predict(model, images).argmax(dim=1))
     confusion_figure(folder / "p3_pairs_confusion.svg", matrices)
     return dict(accuracies=accuracies(results), distances=distances, recipes=recipes, record=record,
-                longer=longer(results), ablation=ablation(results), ablation_epochs=ADAMATCH_ABLATION["complete"][1]["epochs"],
+                longer=longer(results), ablation=ablation(results),
+                ablation_epochs=ADAMATCH_ABLATION["complete"][1]["epochs"],
                 choices=choices(results), rank_correlations=rank_correlations(candidates(results)),
                 domains=DOMAIN_NAMES, parameters=sum(p.numel() for p in model.parameters()),
                 widths=model.config["widths"], features=model.config["num_features"],

@@ -53,7 +53,8 @@ def chapters(tmp_path_factory):
     pd.DataFrame([dict(name=name, count=100, **MEASURES) for name in names]).to_csv(
         root / "p5_gan/checkpoints/faces.csv", index=False)
     pd.DataFrame([dict(recipe=name, count=100, seconds=60, images=1280, **MEASURES)
-                  for name in ("ours", "narrow", "public")]).to_csv(root / "p5_gan/checkpoints/results.csv", index=False)
+                  for name in ("ours", "narrow", "public")]).to_csv(
+        root / "p5_gan/checkpoints/results.csv", index=False)
     (root / "p2_ddim/checkpoints").mkdir(parents=True)
     save_checkpoint(root / "p2_ddim/checkpoints/face64.pt", kind="p2_ddim", config=dict(channel=8, size=64),
                     recipe=dict(epochs=7), ema=UNet(channel=8).state_dict())
