@@ -45,8 +45,8 @@ def ablation(results):
 
 
 def longer(results):
-    """Rows (method and statistics, accuracy from MNIST-M to SVHN with its own budget, and with AdaMatch's steps) of seed 0,
-    where the latter is there."""
+    """Rows (method and statistics, accuracy from MNIST-M to SVHN with its own budget, and with AdaMatch's steps) of
+    seed 0, where the latter is there."""
     runs = results[results.target == "svhn"].drop_duplicates(["run", "statistics"])
     runs = runs.set_index(["run", "statistics"]).accuracy
     rows = [(title, *(runs.get((f"{budget}{name}_s0", statistics)) for budget in ("", "long_")))

@@ -70,8 +70,8 @@ def scene_grid(path, images, sets, misses, columns=8):
 # --- The studies --------------------------------------------------------------------------------
 
 def read_results(path, checkpoint):
-    """The rows of results.csv by the shipped graders about the file `checkpoint`, and, in the table "ablation", about other
-    networks beside it; UserError when a table is missing."""
+    """The rows of results.csv by the shipped graders about the file `checkpoint`, and, in the table "ablation", about
+    other networks; UserError when a table is missing."""
     rows = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
     judged = rows.graders == graders(path.parent / "evaluator.pth", path.parent)
     rows = rows[judged & ((rows.checkpoint == digest_of(checkpoint)) | (rows.table == "ablation"))]
