@@ -45,16 +45,15 @@ def ablation(results):
 
 
 def longer(results):
-    """Rows (method and statistics, accuracy from MNIST-M to SVHN with its own budget, and with AdaMatch's steps) of
-    seed 0, where the latter is there."""
+    """{row of `accuracies`: [accuracy from MNIST-M to SVHN with its own budget, and with AdaMatch's steps]} of seed 0,
+    where the latter is there."""
     runs = results[results.target == "svhn"].drop_duplicates(["run", "statistics"])
     runs = runs.set_index(["run", "statistics"]).accuracy
-    rows = [(title, *(runs.get((f"{budget}{name}_s0", statistics)) for budget in ("", "long_")))
-            for title, name, statistics in (("Trained on source", "mnistm_source_only", "source"),
-                                            ("  with target statistics", "mnistm_source_only", "target"),
-                                            ("Adaptation (DANN)", "mnistm_svhn_dann", "target"),
-                                            ("Trained on target", "svhn_target_only", "target"))]
-    return [row for row in rows if row[-1] is not None]
+    cases = dict(source=("mnistm_source_only", "source"), statistics=("mnistm_source_only", "target"),
+                 dann=("mnistm_svhn_dann", "target"), target=("svhn_target_only", "target"))
+    values = {row: [runs.get((f"{budget}{name}_s0", statistics)) for budget in ("", "long_")]
+              for row, (name, statistics) in cases.items()}
+    return {row: pair for row, pair in values.items() if pair[-1] is not None}
 
 
 def over_training(path):

@@ -116,4 +116,4 @@ def test_longer_trainings_stand_beside_those_of_the_same_seed_and_statistics():
             ("mnistm_svhn_dann_s1", "svhn", "target", 80.0), ("long_mnistm_source_only_s0", "svhn", "target", 75.0),
             ("long_svhn_target_only_s0", "svhn", "target", 95.0)]
     results = pd.DataFrame(rows, columns=["run", "target", "statistics", "accuracy"])
-    assert p3_pairs.longer(results) == [("  with target statistics", 74, 75), ("Trained on target", None, 95)]
+    assert p3_pairs.longer(results) == dict(statistics=[74, 75], target=[None, 95])
