@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, int_between, nonempty_path, run
 
 import numpy as np
 from PIL import Image
@@ -312,7 +312,7 @@ def main():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="folder to build digits/ in")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="which ones to build")
     parser.add_argument("--download", action="store_true", help="first fetch the public files that are missing")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the splits and of MNIST-M's patches")
+    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the splits and of MNIST-M's patches")
     args = parser.parse_args()
     if args.download:
         lock(make_output_dir(args.source_dir))

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_at_least, nonempty_path, pick_device, run
+from utils import UserError, argument_parser, int_between, nonempty_path, pick_device, run
 
 import numpy as np
 import torch
@@ -266,10 +266,10 @@ def main():
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--domain", choices=CHECKPOINTS, help="whose digits these are; if not given, mnistm's")
     group = parser.add_argument_group("with --train")
-    group.add_argument("--panel", type=int_at_least(1), metavar="N", help="train N graders of MNIST-M, plainly")
-    group.add_argument("--epochs", type=int_at_least(1),
+    group.add_argument("--panel", type=int_between(1), metavar="N", help="train N graders of MNIST-M, plainly")
+    group.add_argument("--epochs", type=int_between(1),
                        help="passes over the training images; else 60, for a panel 4")
-    group.add_argument("--seed", type=int_at_least(0), default=0,
+    group.add_argument("--seed", type=int_between(0), default=0,
                        help="seed of weights, order and augmentation; a panel takes N from here on")
     args = parser.parse_args()
     if args.panel and args.domain == "svhn":

@@ -24,7 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, int_between, nonempty_path, run
 
 import numpy as np
 import torch
@@ -232,7 +232,7 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument("generated", type=nonempty_path, help="folder or zip file of faces, or a grid of them")
     add_arguments(parser)
-    parser.add_argument("--count", type=int_at_least(2), default=1000, help="judge so many of the faces at most")
+    parser.add_argument("--count", type=int_between(2), default=1000, help="judge so many of the faces at most")
     parser.add_argument("--no_identity", action="store_true", help="leave out Frechet distance and diversity")
     args = parser.parse_args()
     require_judges(not args.no_identity)

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from files import load_checkpoint, lock, make_output_dir, save_checkpoint, save_png, write_jsonl
-from utils import UserError, add_amp_argument, amp_dtype, cpu_has_bfloat16, float_between, int_at_least, pick_device
+from utils import UserError, add_amp_argument, amp_dtype, cpu_has_bfloat16, float_between, int_between, pick_device
 
 # Flags that say where and how a training runs; what comes out depends on the content of data_dir, not on its name.
 NOT_RECIPE = ("data_dir", "attributes", "output_dir", "resume", "dry_run", "device", "amp", "save_every",
@@ -59,18 +59,18 @@ def add_arguments(parser, epochs, batch_size, lr, warmup, weight_decay, ema, sav
     """The flags of every train.py, with this chapter's defaults; epoch: what that is here."""
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in --output_dir")
     parser.add_argument("--dry_run", action="store_true", help="train two steps on small batches, write nothing")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of all random numbers")
+    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of all random numbers")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     add_amp_argument(parser)
-    parser.add_argument("--save_every", type=int_at_least(1), default=save_every, help="steps between checkpoints")
+    parser.add_argument("--save_every", type=int_between(1), default=save_every, help="steps between checkpoints")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int_at_least(1), default=epochs, help=f"how long to train; an epoch is {epoch}")
-    group.add_argument("--batch_size", type=int_at_least(1), default=batch_size, help="images per step, all processes")
+    group.add_argument("--epochs", type=int_between(1), default=epochs, help=f"how long to train; an epoch is {epoch}")
+    group.add_argument("--batch_size", type=int_between(1), default=batch_size, help="images per step, all processes")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw",
                        help="muon: the inner convolutions by Muon, all else by AdamW")
     group.add_argument("--lr", type=float_between(0), default=lr, help="AdamW's highest learning rate")
     group.add_argument("--muon_lr", type=float_between(0), default=0.02, help="Muon's highest learning rate")
-    group.add_argument("--warmup", type=int_at_least(1), default=warmup, help="steps of linear warm-up")
+    group.add_argument("--warmup", type=int_between(1), default=warmup, help="steps of linear warm-up")
     group.add_argument("--weight_decay", type=float_between(0), default=weight_decay, help="decoupled weight decay")
     group.add_argument("--ema", type=float_between(0, 1), default=ema, help="decay of the weights' moving average")
 

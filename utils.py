@@ -112,7 +112,7 @@ def nonempty_path(text):
     return Path(text)
 
 
-def int_at_least(lowest, highest=float("inf")):
+def int_between(lowest, highest=float("inf")):
     """An argparse type: an integer in [lowest, highest]."""
     def integer(text):
         if not lowest <= int(text) <= highest:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, float_between, image_generators, in_batches,
-                   int_at_least, nonempty_path, pick_device, randn, require_finite, run, to_uint8)
+                   int_between, nonempty_path, pick_device, randn, require_finite, run, to_uint8)
 
 import torch
 from torchvision.utils import make_grid
@@ -53,7 +53,7 @@ def add_sampling_arguments(parser):
     parser.add_argument("--weights", choices=["ema", "model"], default="ema",
                         help="the EMA weights, or those of the last training step, which only last.pt holds")
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), default=SHIPPED.sampler, help="the sampling method")
-    parser.add_argument("--steps", type=int_at_least(1), default=SHIPPED.steps, help="sampling steps, at most T")
+    parser.add_argument("--steps", type=int_between(1), default=SHIPPED.steps, help="sampling steps, at most T")
     parser.add_argument("--spacing", choices=sorted(SPACINGS), default=SHIPPED.spacing,
                         help="equal strides in log(signal / noise), or in t")
     parser.add_argument("--eta", type=float_between(0, 1), default=SHIPPED.eta,
@@ -63,7 +63,7 @@ def add_sampling_arguments(parser):
     parser.add_argument("--interval", type=float_between(0), nargs=2, default=SHIPPED.interval, metavar=("LOW", "HIGH"),
                         help="guidance acts while LOW <= 1000 t / T <= HIGH")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--batch_size", type=int_at_least(1), default=125, help="images at a time")
+    parser.add_argument("--batch_size", type=int_between(1), default=125, help="images at a time")
 
 
 def sampling_of(args):
@@ -146,8 +146,8 @@ def parse_args():
     parser.add_argument("output_dir", type=nonempty_path,
                         help="folder for the images; made if need be, other files in it stay")
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
-    parser.add_argument("--per_class", type=int_at_least(1, 999),  # names and keys of noise have three digits
+    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the noise")
+    parser.add_argument("--per_class", type=int_between(1, 999),  # names and keys of noise have three digits
                         help="images of each class, at most 999; else so many that they are 1,000 in all")
     add_amp_argument(parser)
     return parser.parse_args()

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (add_amp_argument, amp_dtype, argument_parser, int_at_least, nonempty_path, pick_device, run)
+from utils import (add_amp_argument, amp_dtype, argument_parser, int_between, nonempty_path, pick_device, run)
 
 import pandas as pd
 import torch
@@ -81,9 +81,9 @@ def parse_args():
     parser.add_argument("--output", type=nonempty_path, default=ROOT / "p1_ddpm/checkpoints/results.csv",
                         help="the file of results")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
-    parser.add_argument("--per_class", type=int_at_least(2, 999), default=DEFAULTS["per_class"],
+    parser.add_argument("--per_class", type=int_between(2, 999), default=DEFAULTS["per_class"],
                         help="images of each digit")
-    parser.add_argument("--seed", type=int_at_least(0), default=DEFAULTS["seed"], help="seed of the noise")
+    parser.add_argument("--seed", type=int_between(0), default=DEFAULTS["seed"], help="seed of the noise")
     add_sampling_arguments(parser)
     add_amp_argument(parser)
     return parser.parse_args()

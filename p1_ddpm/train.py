@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, autocast, float_between, int_between, nonempty_path, run
 
 import torch
 
@@ -46,16 +46,16 @@ def parse_args():
                         help="whose digits; smaller ones are repeated, as often as the largest has room for")
     training.add_arguments(parser, epochs=50, batch_size=64, lr=8e-4, warmup=500, weight_decay=0.01, ema=0.999,
                            save_every=600)
-    parser.add_argument("--sample_every", type=int_at_least(1), default=5, help="checkpoints between sample grids")
+    parser.add_argument("--sample_every", type=int_between(1), default=5, help="checkpoints between sample grids")
     parser.add_argument("--label_drop", type=float_between(0, 1), default=0.1,
                         help="share of labels dropped for classifier-free guidance")
     model = parser.add_argument_group("model")
-    model.add_argument("--channels", type=int_at_least(8), nargs=2, default=[96, 192],
+    model.add_argument("--channels", type=int_between(8), nargs=2, default=[96, 192],
                        help="widths at 14x14 and 7x7, multiples of 8")
-    model.add_argument("--blocks", type=int_at_least(1), default=1, help="residual blocks per resolution and way")
+    model.add_argument("--blocks", type=int_between(1), default=1, help="residual blocks per resolution and way")
     model.add_argument("--dropout", type=float_between(0, 1), default=0.0, help="dropout in the residual blocks")
     model.add_argument("--schedule", choices=["linear", "cosine"], default="cosine", help="noise schedule")
-    model.add_argument("--timesteps", type=int_at_least(2), default=1000, help="T, the length of the noise schedule")
+    model.add_argument("--timesteps", type=int_between(2), default=1000, help="T, the length of the noise schedule")
     return parser.parse_args()
 
 

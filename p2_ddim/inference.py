@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, autocast, float_between, image_generators,
-                   in_batches, int_at_least, nonempty_path, pick_device, require_finite, run)
+                   in_batches, int_between, nonempty_path, pick_device, require_finite, run)
 
 import torch
 from PIL import Image
@@ -35,10 +35,10 @@ def parse_args():
     parser.add_argument("output_dir", type=nonempty_path,
                         help="folder for the images; made if need be, other files in it stay")
     parser.add_argument("checkpoint", type=nonempty_path, help="UNet.pt or a file of train.py")
-    parser.add_argument("--steps", type=int_at_least(1), default=50, help=f"sampling steps, at most {T}")
+    parser.add_argument("--steps", type=int_between(1), default=50, help=f"sampling steps, at most {T}")
     parser.add_argument("--eta", type=float_between(0, 1), default=0.0, help="noise per step: 0 none, 1 as DDPM")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of that noise")
-    parser.add_argument("--batch_size", type=int_at_least(1),
+    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of that noise")
+    parser.add_argument("--batch_size", type=int_between(1),
                         help="images at a time; when not given, as many as together have the pixels of one of 256x256")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     add_amp_argument(parser, "off")

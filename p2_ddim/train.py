@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run
+from utils import UserError, argument_parser, autocast, image_generators, int_between, nonempty_path, randn, run
 
 import torch
 from torchvision.utils import make_grid
@@ -39,8 +39,8 @@ def parse_args():
     parser = argument_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p2_ddim/output", help="where to write")
-    parser.add_argument("--size", type=int_at_least(STRIDE), default=64, help=f"side of the images, times {STRIDE}")
-    parser.add_argument("--channel", type=int_at_least(4), default=32, help="width of the UNet; the course's has 128")
+    parser.add_argument("--size", type=int_between(STRIDE), default=64, help=f"side of the images, times {STRIDE}")
+    parser.add_argument("--channel", type=int_between(4), default=32, help="width of the UNet; the course's has 128")
     training.add_arguments(parser, epochs=24, batch_size=32, lr=4e-4, warmup=500, weight_decay=0.0, ema=0.9995,
                            save_every=300)
     args = parser.parse_args()

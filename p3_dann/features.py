@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, int_at_least, nonempty_path, run
+from utils import argument_parser, int_between, nonempty_path, run
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -100,7 +100,7 @@ def main():
     parser.add_argument("--source", choices=DOMAINS, help="first domain; the model's when not given")
     parser.add_argument("--target", choices=DOMAINS, help="second domain; the model's when not given")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the sample and the embedding")
+    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the sample and the embedding")
     args = parser.parse_args()
     plots.check_figure(args.figure)
     networks = {"before adaptation": load_model(args.before)} if args.before else {}

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_at_least, nonempty_path, pick_device, run
+from utils import UserError, argument_parser, int_between, nonempty_path, pick_device, run
 
 import torch
 
@@ -55,7 +55,7 @@ def parse_args():
     parser.add_argument("--assignment", choices=ASSIGNMENTS, default="2023", help="whose pairs of domains")
     parser.add_argument("--checkpoint", type=nonempty_path, help="a model.pt of train.py, whatever the target")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--batch_size", type=int_at_least(1), default=100, help="images at once; changes no answer")
+    parser.add_argument("--batch_size", type=int_between(1), default=100, help="images at once; changes no answer")
     args = parser.parse_args()
     if args.domain and args.target not in ("auto", args.domain):
         raise UserError(f"the target is given twice, as {args.domain} and as --target {args.target}; name one")

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, int_between, nonempty_path, run
 
 import pandas as pd
 
@@ -106,7 +106,7 @@ def parse_args():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p3_dann/output/studies",
                         help="where the trainings go, a folder each")
-    parser.add_argument("--jobs", type=int_at_least(1), default=1,
+    parser.add_argument("--jobs", type=int_between(1), default=1,
                         help="trainings at a time; they share the cores, and 2 on 2 cores are a little faster than 1")
     parser.add_argument("--publish", action="store_true", help="replace what p3_dann/checkpoints holds")
     return parser.parse_args()

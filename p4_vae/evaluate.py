@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, float_between, int_at_least, nonempty_path, pick_device, run
+from utils import UserError, argument_parser, float_between, int_between, nonempty_path, pick_device, run
 
 from faces import face_source, test_faces
 from p4_vae.elbo import kl_divergence
@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")
     parser.add_argument("--baseline", type=float_between(0), default=0.05, help="highest error that passes")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--batch_size", type=int_at_least(1), default=250, help="faces at a time")
+    parser.add_argument("--batch_size", type=int_between(1), default=250, help="faces at a time")
     args = parser.parse_args()
     model, _ = load_model(args.checkpoint, pick_device(args.device))
     images = test_faces([args.faces]).images

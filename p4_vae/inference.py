@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, float_between, image_generators, in_batches, int_at_least, nonempty_path,
+from utils import (UserError, argument_parser, float_between, image_generators, in_batches, int_between, nonempty_path,
                    pick_device, require_finite, run, to_uint8)
 
 import torch
@@ -77,7 +77,7 @@ def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("output_dir", type=nonempty_path, nargs="?", help="folder for faces one by one")
     parser.add_argument("--grid", type=nonempty_path, metavar="FILE", help="a picture, .png or .jpg, for all together")
-    parser.add_argument("--count", type=int_at_least(1), help="faces; 32, or 10 with --reconstruct, when not given")
+    parser.add_argument("--count", type=int_between(1), help="faces; 32, or 10 with --reconstruct, when not given")
     parser.add_argument("--prior", choices=["normal", "fitted"], default="normal", help="what latents are sampled from")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--reconstruct", type=face_source, metavar="FACES", help="show these faces and their likes")
@@ -85,9 +85,9 @@ def parse_args():
     parser.add_argument("--attribute", nargs="+", default=[], help="with --reconstruct: attributes to add, in rows")
     parser.add_argument("--strength", type=float_between(-10, 10), default=1.5, help="how much of an attribute to add")
     parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the latents")
+    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the latents")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--batch_size", type=int_at_least(1), default=250, help="faces at a time")
+    parser.add_argument("--batch_size", type=int_between(1), default=250, help="faces at a time")
     args = parser.parse_args()
     what = "--walk" if args.walk else "--reconstruct" if args.reconstruct else "sampling"
     unused = [flag for flag in set().union(*USES.values()) - USES[what]

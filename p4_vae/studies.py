@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, int_between, nonempty_path, run
 
 import numpy as np
 import pandas as pd
@@ -47,8 +47,8 @@ def parse_args():
     parser.add_argument("--attributes", type=nonempty_path, help="list_attr_celeba.txt or the course's train.csv")
     parser.add_argument("--betas", type=beta_text, nargs="+", default=["1e-4", "1e-5", "1e-7", "auto"],
                         help="what train.py is given")
-    parser.add_argument("--epochs", type=int_at_least(1), help="of each training; train.py's own when not given")
-    parser.add_argument("--count", type=int_at_least(2), default=1000, help="samples to judge")
+    parser.add_argument("--epochs", type=int_between(1), help="of each training; train.py's own when not given")
+    parser.add_argument("--count", type=int_between(2), default=1000, help="samples to judge")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p4_vae/output/studies",
                         help="where the trainings go, a folder each")
     parser.add_argument("--output", type=nonempty_path, default=ROOT / "p4_vae/checkpoints/results.csv",

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, autocast, float_between, image_generators, int_at_least, nonempty_path,
+from utils import (UserError, argument_parser, autocast, float_between, image_generators, int_between, nonempty_path,
                    randn, run, to_uint8)
 
 import argparse
@@ -57,8 +57,8 @@ def parse_args():
                            save_every=100)
     parser.set_defaults(optimizer="muon")
     parser.add_argument("--beta", type=beta, default="auto", help="weight of the KL divergence; auto: see elbo.py")
-    parser.add_argument("--latents", type=int_at_least(1), default=192, help="length of the latent vector")
-    parser.add_argument("--channels", type=int_at_least(1), default=16, help="width at 32x32")
+    parser.add_argument("--latents", type=int_between(1), default=192, help="length of the latent vector")
+    parser.add_argument("--channels", type=int_between(1), default=16, help="width at 32x32")
     return parser.parse_args()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_at_least, nonempty_path, pick_device, run
+from utils import UserError, argument_parser, int_between, nonempty_path, pick_device, run
 
 import pandas as pd
 
@@ -41,8 +41,8 @@ def main():
     parser = argument_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")
-    parser.add_argument("--count", type=int_at_least(2), default=1000, help="faces to generate")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the latents")
+    parser.add_argument("--count", type=int_between(2), default=1000, help="faces to generate")
+    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the latents")
     parser.add_argument("--others", type=nonempty_path, nargs="+", default=[], help="folders of other models' faces")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file for the measures; none when not given")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to generate")

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, image_generators, in_batches, int_at_least, nonempty_path, pick_device,
+from utils import (UserError, argument_parser, image_generators, in_batches, int_between, nonempty_path, pick_device,
                    randn, require_finite, run, to_uint8)
 
 import torch
@@ -41,11 +41,11 @@ def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("output_dir", type=nonempty_path, nargs="?", help="folder for faces one by one")
     parser.add_argument("--grid", type=nonempty_path, metavar="FILE", help="a picture, .png or .jpg, for all together")
-    parser.add_argument("--count", type=int_at_least(1), default=32, help="faces")
+    parser.add_argument("--count", type=int_between(1), default=32, help="faces")
     parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the latents")
+    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the latents")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--batch_size", type=int_at_least(1), default=250, help="faces at a time")
+    parser.add_argument("--batch_size", type=int_between(1), default=250, help="faces at a time")
     return parser.parse_args()
 
 

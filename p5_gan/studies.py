@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, int_between, nonempty_path, run
 
 import pandas as pd
 
@@ -43,7 +43,7 @@ def parse_args():
     parser = argument_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what to train")
-    parser.add_argument("--count", type=int_at_least(2), default=1000, help="samples to judge")
+    parser.add_argument("--count", type=int_between(2), default=1000, help="samples to judge")
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p5_gan/output/studies",
                         help="where the trainings go, a folder each")
     parser.add_argument("--output", type=nonempty_path, default=ROOT / "p5_gan/checkpoints/results.csv",

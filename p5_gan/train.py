@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, autocast, image_generators, int_at_least, nonempty_path, randn, run,
+from utils import (UserError, argument_parser, autocast, image_generators, int_between, nonempty_path, randn, run,
                    to_uint8)
 
 import torch
@@ -43,8 +43,8 @@ def parse_args():
                            save_every=500)
     parser.add_argument("--loss", choices=sorted(LOSSES), default="hinge", help="what the two players minimise")
     parser.add_argument("--no_augment", action="store_true", help="show the discriminator the images as they are")
-    parser.add_argument("--latents", type=int_at_least(1), default=128, help="length of the latent vector")
-    parser.add_argument("--channels", type=int_at_least(1), default=64, help="width of both networks at 32x32")
+    parser.add_argument("--latents", type=int_between(1), default=128, help="length of the latent vector")
+    parser.add_argument("--channels", type=int_between(1), default=64, help="width of both networks at 32x32")
     args = parser.parse_args()
     if args.optimizer == "muon":
         raise UserError("--optimizer muon has no matrix to train here; leave it out")

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, float_between, int_at_least, nonempty_path,
+from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, float_between, int_between, nonempty_path,
                    pick_device, run)
 
 from tqdm import tqdm
@@ -37,11 +37,11 @@ def parse_args():
                         help="the pipeline's folder or single file")
     parser.add_argument("--embeds", type=nonempty_path, nargs="+",
                         help="learned_embeds files, one for each token; when not given, with our pipeline, ours")
-    parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
+    parser.add_argument("--steps", type=int_between(1), default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float_between(1),
                         help="classifier-free guidance, 1 is none; when not given 7.5, with a tiny pipeline 2")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
-    parser.add_argument("--batch_size", type=int_at_least(1), default=5, help="images at a time")
+    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the noise")
+    parser.add_argument("--batch_size", type=int_between(1), default=5, help="images at a time")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     add_amp_argument(parser)
     args = parser.parse_args()

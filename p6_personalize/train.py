@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, add_amp_argument, argument_parser, autocast, float_between, int_at_least, nonempty_path,
+from utils import (UserError, add_amp_argument, argument_parser, autocast, float_between, int_between, nonempty_path,
                    run)
 
 import torch
@@ -43,20 +43,20 @@ def parse_args():
     add("--checkpoint", type=nonempty_path, default=PIPELINE, help="the pipeline's folder or single file")
     add("--placeholder_token", default="<new1>", help="the new word")
     add("--initializer_token", required=True, help="the word of one token that it starts from")
-    add("--num_vectors", type=int_at_least(1), default=1, help="embeddings of the new word")
+    add("--num_vectors", type=int_between(1), default=1, help="embeddings of the new word")
     add("--learnable_property", choices=sorted(TEMPLATES), default="object", help="what the images have in common")
-    add("--epochs", "--steps", type=int_at_least(1), default=300, help="steps; an epoch is one")
-    add("--batch_size", type=int_at_least(1), default=1, help="images per step")
+    add("--epochs", "--steps", type=int_between(1), default=300, help="steps; an epoch is one")
+    add("--batch_size", type=int_between(1), default=1, help="images per step")
     add("--lr", type=float_between(0), default=1e-3, help="Adam's learning rate, constant")
     add("--crop", type=float_between(0.1, 1), default=0.9, help="smallest side of a random crop, as a share")
-    add("--save_every", type=int_at_least(1), default=50, help="steps between saved embeddings")
+    add("--save_every", type=int_between(1), default=50, help="steps between saved embeddings")
     add("--validation_prompt", help="a prompt with the new word, to see what it has learnt at each saved step")
     add("--choose", type=nonempty_path, nargs="?", const=CLIP, help="a CLIP that chooses a step by image + 2.5 text")
     add("--guidance", type=float_between(1), help="of the samples; 1 is none, not given 7.5, with a tiny pipeline 2")
     add("--gradient_checkpointing", action="store_true", help="compute twice to save memory: fits 512x512 into 11 GB")
     add("--resume", action="store_true", help="go on from last.pt in --output_dir")
     add("--dry_run", action="store_true", help="train two steps, write nothing")
-    add("--seed", type=int_at_least(0), default=0, help="seed of all random numbers")
+    add("--seed", type=int_between(0), default=0, help="seed of all random numbers")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     add_amp_argument(parser)  # of all that is not learnt
     return parser.parse_args()

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_at_least, nonempty_path, pick_device, run
+from utils import UserError, argument_parser, int_between, nonempty_path, pick_device, run
 
 import pandas as pd
 import torch
@@ -88,7 +88,7 @@ def main():
     texts.add_argument("--ensemble", action="store_true", help=f"the mean of {len(ENSEMBLE)} prompts instead of one")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file: image_name, label, predicted and top5")
     parser.add_argument("--figure", type=nonempty_path, help="an .svg or .png of five right and five wrong cases")
-    parser.add_argument("--batch_size", type=int_at_least(1), default=64, help="images at a time")
+    parser.add_argument("--batch_size", type=int_between(1), default=64, help="images at a time")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     args = parser.parse_args()
     if "{}" not in args.prompt:

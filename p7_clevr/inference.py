@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, float_between, image_generators, in_batches, int_at_least, nonempty_path,
+from utils import (UserError, argument_parser, float_between, image_generators, in_batches, int_between, nonempty_path,
                    pick_device, randn, require_finite, run, to_uint8)
 
 from typing import NamedTuple
@@ -133,7 +133,7 @@ def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("output_dir", type=nonempty_path, help="folder for the images; made if need be")
     add_scene_arguments(parser)
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the noise")
+    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the noise")
     parser.add_argument("--scale", type=float_between(0), default=0.0, help="strength of classifier guidance, 0: none")
     parser.add_argument("--guide", type=nonempty_path,
                         help="the classifier that guides, maybe one of noisy images; if not given our evaluator")

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, autocast, float_between, int_at_least, nonempty_path, run
+from utils import UserError, argument_parser, autocast, float_between, int_between, nonempty_path, run
 
 import training
 from p1_ddpm.diffusion import ddpm_loss, require_noise
@@ -34,7 +34,7 @@ from transforms import as_input
 def add_schedule_arguments(parser):
     """The flags of the noise schedule; train_evaluator.py shares them."""
     parser.add_argument("--schedule", choices=["linear", "cosine"], default="cosine", help="noise schedule")
-    parser.add_argument("--timesteps", type=int_at_least(2), default=1000, help="T, the length of the noise schedule")
+    parser.add_argument("--timesteps", type=int_between(2), default=1000, help="T, the length of the noise schedule")
     parser.add_argument("--shift", type=float_between(0.1, 10), default=3.0,
                         help="factor of signal / noise at every timestep, as if images had that much more contrast")
 
@@ -56,16 +56,16 @@ def parse_args():
     parser.set_defaults(optimizer="muon")
     parser.add_argument("--all_scenes", action="store_true",
                         help="train on those scenes and sets as well that are kept for the graders and for measuring")
-    parser.add_argument("--sample_every", type=int_at_least(1), default=5, help="checkpoints between sample grids")
+    parser.add_argument("--sample_every", type=int_between(1), default=5, help="checkpoints between sample grids")
     parser.add_argument("--label_drop", type=float_between(0, 1), default=0.1,
                         help="share of sets dropped for classifier-free guidance")
     model = parser.add_argument_group("model")
-    model.add_argument("--channels", type=int_at_least(8), nargs="+", default=[48, 96, 192],
+    model.add_argument("--channels", type=int_between(8), nargs="+", default=[48, 96, 192],
                        help="widths from the finest resolution to the lowest, multiples of 8")
-    model.add_argument("--blocks", type=int_at_least(1), default=1, help="residual blocks per resolution and way")
+    model.add_argument("--blocks", type=int_between(1), default=1, help="residual blocks per resolution and way")
     model.add_argument("--dropout", type=float_between(0, 1), default=0.0, help="dropout in the residual blocks")
     model.add_argument("--condition", choices=["multi_hot", "tokens"], default="tokens", help="how the set enters")
-    model.add_argument("--patch", type=int_at_least(1), default=2, help="side of the patches that the network sees")
+    model.add_argument("--patch", type=int_between(1), default=2, help="side of the patches that the network sees")
     add_schedule_arguments(model)
     return parser.parse_args()
 

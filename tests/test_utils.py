@@ -139,7 +139,7 @@ def test_a_bug_keeps_its_traceback():
 
 def test_argument_types(capsys):
     parser = utils.argument_parser("What it does.\n\n    python3 x.py")
-    parser.add_argument("--steps", type=utils.int_at_least(1), default=20, help="number of steps")
+    parser.add_argument("--steps", type=utils.int_between(1), default=20, help="number of steps")
     parser.add_argument("--eta", type=utils.float_between(0, 1), default=0.0, help="noise")
     parser.add_argument("--output_dir", type=utils.nonempty_path, help="a folder")
     assert parser.parse_args(["--steps", "1", "--eta", "1"]) == argparse.Namespace(

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, amp_dtype, argument_parser, float_between, int_at_least, nonempty_path, pick_device, run
+from utils import UserError, amp_dtype, argument_parser, float_between, int_between, nonempty_path, pick_device, run
 
 import pandas as pd
 import torch
@@ -173,8 +173,8 @@ def parse_args():
     parser.add_argument("--evaluator", type=nonempty_path, default=CHECKPOINTS / "evaluator.pth",
                         help="what judges, such as the course's checkpoint.pth")
     parser.add_argument("--clip_judges", action="store_true", help="the tiny CLIP judges instead")
-    parser.add_argument("--count", type=int_at_least(1), default=100, help="generated images in a row")
-    parser.add_argument("--steps", type=int_at_least(1), default=25, help="sampling steps")
+    parser.add_argument("--count", type=int_between(1), default=100, help="generated images in a row")
+    parser.add_argument("--steps", type=int_between(1), default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float_between(1), default=2.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file that gets the rows")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
