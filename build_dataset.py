@@ -204,20 +204,28 @@ def pool(parts, source_dir, what, word):
     return [np.concatenate(arrays) for arrays in zip(*parts)]
 
 
-def download(source_dir):
-    """Fetches the four data sets from their public addresses, as far as they are not there yet."""
+def download(source_dir, domain):
+    """Fetches the public files of `domain`, unless they are there already, be it in a folder or form of their user's."""
     from torch.hub import download_url_to_file
     from torchvision import datasets
-    photographs = Path(source_dir) / "BSR_bsds500.tgz"
-    mnist = find(source_dir, "train-images[-.]idx3-ubyte", "train-images[-.]idx3-ubyte.gz")
-    by_hand = mnist and mnist.parent != Path(source_dir) / "MNIST/raw"  # where torchvision looks for it
+
+    def by_hand(*patterns, theirs=()):
+        """Whether a file is there that fits a pattern and is not `theirs`, where torchvision looks for its own."""
+        return any(file.relative_to(source_dir).as_posix() not in theirs for file in find_all(source_dir, *patterns))
+
+    mnist, mats = ("MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-images-idx3-ubyte.gz"), [
+        f"{split}_32x32.mat" for split in ("train", "test")]
     steps = {
-        "MNIST": lambda: by_hand or datasets.MNIST(source_dir, download=True),
-        "USPS": lambda: [datasets.USPS(source_dir, train, download=True) for train in (True, False)],
-        "SVHN": lambda: [datasets.SVHN(source_dir, split, download=True) for split in ("train", "test")],
-        "BSDS500": lambda: photographs.exists() or download_url_to_file(BSDS500_URL, photographs),
-    }
-    for name, step in steps.items():
+        "mnistm": {
+            "MNIST": lambda: (by_hand("train-images[-.]idx3-ubyte", "train-images[-.]idx3-ubyte.gz", theirs=mnist)
+                              or datasets.MNIST(source_dir, download=True)),
+            "BSDS500": lambda: (by_hand("*bsds500*.tgz", "*bsds500*.tar.gz", "*bsds500*.tar", "images/train/[0-9]*.jpg")
+                                or download_url_to_file(BSDS500_URL, Path(source_dir) / "BSR_bsds500.tgz"))},
+        "svhn": {"SVHN": lambda: (by_hand("*_32x32*.mat", theirs=mats)
+                                  or [datasets.SVHN(source_dir, split, download=True) for split in ("train", "test")])},
+        "usps": {"USPS": lambda: (by_hand("usps", "usps.bz2", theirs=["usps.bz2"])
+                                  or [datasets.USPS(source_dir, train, download=True) for train in (True, False)])}}
+    for name, step in steps[domain].items():
         try:
             step()
         except Exception as error:  # no network, a dead address, a damaged download
@@ -314,14 +322,21 @@ def main():
     parser.add_argument("--download", action="store_true", help="first fetch the public files that are missing")
     parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the splits and of MNIST-M's patches")
     args = parser.parse_args()
-    if args.download:
-        lock(make_output_dir(args.source_dir))
-        download(args.source_dir)
-    if not args.source_dir.is_dir():
+    if not args.download and not args.source_dir.is_dir():
         raise UserError(f"there is no folder {args.source_dir}; name the one that holds the public files")
-    lock(make_output_dir(args.data_dir))  # so that a partial domain there is a dead run's
+    make_output_dir(args.data_dir)
+    errors = []
     for domain in args.domains:
-        build(domain, args.source_dir, args.data_dir, args.seed)
+        try:
+            if args.download:
+                lock(make_output_dir(args.source_dir))
+                download(args.source_dir, domain)
+            lock(args.data_dir)  # so that a partial domain there is a dead run's
+            build(domain, args.source_dir, args.data_dir, args.seed)
+        except UserError as error:  # the other domains can be had all the same
+            errors.append(str(error))
+    if errors:
+        raise UserError("; ".join(errors))
 
 
 if __name__ == "__main__":

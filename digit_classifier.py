@@ -1,9 +1,9 @@
 """The grader of problem 1: how many images of a folder show the digit that their name begins with?
 
     python3 digit_classifier.py --folder out_dir                  # acc = 0.999 (correct/total = 999/1000)
-    python3 digit_classifier.py --train hw2_data                  # Classifier.pth, of MNIST-M
-    python3 digit_classifier.py --train hw2_data --domain svhn    # Classifier_svhn.pth
-    python3 digit_classifier.py --train hw2_data --panel 8        # Classifier_panel.pth: eight graders of MNIST-M
+    python3 digit_classifier.py --train hw2_data --checkpoint mine.pth          # as Classifier.pth, of MNIST-M
+    python3 digit_classifier.py --train hw2_data --domain svhn --checkpoint mine.pth   # as Classifier_svhn.pth
+    python3 digit_classifier.py --train hw2_data --panel 8 --checkpoint mine.pth       # as Classifier_panel.pth
 
 Same network, command line, weight file and output line as the course's script of 2023, so the course's
 Classifier.pth can be dropped in (or named with --checkpoint). A folder that holds the folders mnistm and svhn is graded
@@ -71,7 +71,10 @@ class Classifier(nn.Module):
 
 def load_classifier(path=CHECKPOINTS["mnistm"], device="cpu"):
     """The classifier in evaluation mode; its weights are under 'state_dict' in the file, or in any other wrapping."""
-    return _classifier(load_torch(path, "classifier checkpoint"), path, device)
+    content = load_torch(path, "classifier checkpoint")
+    if isinstance(content, dict) and "panel" in content:
+        raise UserError(f"{path} holds a panel; p1_ddpm/evaluate.py grades by all of it, name one classifier here")
+    return _classifier(content, path, device)
 
 
 def load_panel(path=PANEL, device="cpu"):
@@ -205,7 +208,8 @@ def train_judge(splits, width, epochs, seed, lr=3e-3):
     model = Classifier(width).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
     total_steps = epochs * (len(images) // batch_size_for(images))
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total_steps, pct_start=0.1)
+    rise = 0.3 if total_steps == 10 else 0.1  # a rise of a single step would be a division by zero
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total_steps, pct_start=rise)
     return fit(model, optimizer, splits, epochs, seed, augment, scheduler, decay=0.999)
 
 
@@ -220,10 +224,14 @@ def train(args, device):
     """What --train asks for: one judge, or a panel of graders in half precision."""
     domain = args.domain or "mnistm"
     checkpoint = args.checkpoint or (PANEL if args.panel else CHECKPOINTS[domain])
+    if checkpoint.exists() and not args.checkpoint:
+        raise UserError(f"{checkpoint} is there already; name another file with --checkpoint, or this one to replace it")
     check_output_file(checkpoint)
     splits = [[values.to(device) for values in load_split(args.train, domain, split)[:2]]
               for split in ("train", "val")]
     epochs = args.epochs or (4 if args.panel else 60)
+    if not len(splits[0][0]):
+        raise UserError(f"{args.train} holds no digits of {domain} to train on; name another folder")
     if args.panel:
         weights = [train_plainly(splits, epochs, args.seed + i) for i in range(args.panel)]
         content = {"panel": [{name: value.half() for name, value in grader.items()} for grader in weights]}
@@ -262,7 +270,7 @@ def main():
     what.add_argument("--train", type=nonempty_path, metavar="DATA_DIR",
                       help="train on the data set in this folder (hw2_data)")
     parser.add_argument("--checkpoint", type=nonempty_path,
-                        help="the weights to use, for both domains, or to write; else the files named above")
+                        help="the weights to use, for both domains, or to write; else the repository's own")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--domain", choices=CHECKPOINTS, help="whose digits these are; if not given, mnistm's")
     group = parser.add_argument_group("with --train")

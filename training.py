@@ -246,10 +246,11 @@ def update(parts, loss, lr_factor, decay, clip=1.0):
     parts.scaler.scale(loss).backward()
     for optimizer in parts.optimizers:
         parts.scaler.unscale_(optimizer)
-    if clip:
-        nn.utils.clip_grad_norm_(parts.model.parameters(), clip)
-    for optimizer in parts.optimizers:
-        parts.scaler.step(optimizer)
+    norm = nn.utils.clip_grad_norm_(parts.model.parameters(), clip or math.inf)
+    # Clipping has carried an overflow of float16 from one optimiser's gradients into all, and the scaler asks each alone.
+    if norm.isfinite() or not parts.scaler.is_enabled():
+        for optimizer in parts.optimizers:
+            parts.scaler.step(optimizer)
     parts.scaler.update()
     average(parts.ema, parts.model, decay)
 

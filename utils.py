@@ -81,8 +81,11 @@ def run(main):
             sys.stdout.flush()
             if sys.stdout.error:
                 raise sys.stdout.error
-        except (UserError, OSError) as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        except (UserError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
+            hint = "; try a smaller --batch_size" * isinstance(error, RuntimeError)
+            print(f"{Path(sys.argv[0]).name}: error: {error}".splitlines()[0] + hint, file=sys.stderr)
             status = 2
         except KeyboardInterrupt:
             print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -177,6 +180,11 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
 
+def out_of_memory(error):
+    """Whether a RuntimeError is torch.cuda.OutOfMemoryError or the CPU allocator's."""
+    return re.search("out of memory|not enough memory|allocate memory|ALLOC_FAILED", str(error)) is not None
+
+
 def in_batches(function, items, batch_size):
     """Yields (batch, function(batch)) over the list `items`; out of memory halves the batch and goes on."""
     start = 0
@@ -184,8 +192,8 @@ def in_batches(function, items, batch_size):
         batch = items[start:start + batch_size]
         try:
             result = function(batch)
-        except RuntimeError as error:  # torch.cuda.OutOfMemoryError, or the CPU allocator's RuntimeError
-            if not re.search("out of memory|not enough memory|allocate memory|ALLOC_FAILED", str(error)):
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise UserError(f"the memory does not hold a single image ({str(error).splitlines()[0]}); "

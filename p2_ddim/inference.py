@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from dataset import some
 from files import load_torch, make_output_dir, save_png
 from p2_ddim.ddim import T, ddim, stretch, timesteps
 from p2_ddim.model import load_model
@@ -55,9 +56,9 @@ def find_noises(folder):
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name the one that holds the noise files")
     paths = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix == ".pt" and not p.name.startswith("."))
-    others = sorted(p.name for p in folder.iterdir() if p not in paths)
+    others = sorted({p.name for p in folder.iterdir()} - {p.name for p in paths})
     if others:
-        print(f"passed over in {folder}: {', '.join(others)}", file=sys.stderr)
+        print(f"passed over in {folder}: {some(others)}", file=sys.stderr)
     if not paths:
         raise UserError(f"there are no noise files (.pt) in {folder}; name another folder")
     shapes = {tuple(load_noise(path).shape) for path in paths}
@@ -104,12 +105,12 @@ def main():
     if args.amp == "auto" and dtype is None:
         print("--amp: this CPU has no bfloat16 units; going on in float32", file=sys.stderr)
     paths = find_noises(args.noise_dir)
+    model = load_model(args.checkpoint, device)
     output_dir = make_output_dir(args.output_dir)
     targets = [output_dir / f"{path.stem}.png" for path in paths]
     # Sampling noise is keyed by a file's place in the folder, so neither batch nor --skip_existing changes an image.
     todo = [i for i, target in enumerate(targets) if not (args.skip_existing and is_whole_png(target))]
     batch_size = args.batch_size or max(1, PIXELS // load_noise(paths[0])[0, 0].numel())
-    model = load_model(args.checkpoint, device)
 
     def generate(batch):
         noise = torch.cat([load_noise(paths[i]) for i in batch]).to(device)

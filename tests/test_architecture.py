@@ -70,7 +70,7 @@ def test_a_folder_of_modules_is_a_package_of_one_sentence(chapter):
 
 
 def test_pages_are_short():
-    limits = {"utils.py": 230, "README.md": 130, **{name_of(path): 130 for path in TRAIN}}
+    limits = {"utils.py": 240, "README.md": 130, **{name_of(path): 130 for path in TRAIN}}
     lengths = {name: len((ROOT / name).read_text().splitlines()) for name in limits}
     assert {name: length for name, length in lengths.items() if length >= limits[name]} == {}
 

@@ -647,12 +647,32 @@ def test_a_failing_download_says_what_to_do(public, tmp_path, monkeypatch):
     for name in ("MNIST", "USPS", "SVHN"):
         monkeypatch.setattr(f"torchvision.datasets.{name}", fetch(name))
     monkeypatch.setattr(sys, "argv", ["x", "--download", "--source_dir", str(tmp_path / "new"), "--data_dir", "no"])
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_: asked.append("BSDS500"))
     with pytest.raises(UserError, match=r"cannot download SVHN \(no route to host\); put its files into .*new by hand"):
         build_dataset.main()
-    assert asked == ["MNIST", "USPS", "USPS", "SVHN"]
-    asked.clear()  # where MNIST lies in a folder of its user's, a second copy would be refused
-    shutil.copytree(public[0] / "MNIST/raw", tmp_path / "mine/digits")
-    monkeypatch.setattr(sys, "argv", ["x", "--download", "--source_dir", str(tmp_path / "mine"), "--data_dir", "no"])
-    with pytest.raises(UserError, match="cannot download SVHN"):
+    assert asked == ["MNIST", "BSDS500", "SVHN", "USPS", "USPS"]
+    asked.clear()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--domains", "usps"])
+    with pytest.raises(UserError, match="lacks USPS"):
         build_dataset.main()
-    assert asked == ["USPS", "USPS", "SVHN"]
+    assert asked == ["USPS", "USPS"]
+
+
+def test_what_a_user_has_is_not_downloaded_again_and_one_domain_is_built_without_another(public, tmp_path, monkeypatch):
+    """A second copy in another place would be refused."""
+    def refuse(*args, **flags):
+        raise AssertionError("downloaded again")
+
+    for name in ("MNIST", "USPS", "SVHN"):
+        monkeypatch.setattr(f"torchvision.datasets.{name}", refuse)
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    mine = tmp_path / "mine"
+    shutil.copytree(public[0], mine / "my own")
+    monkeypatch.setattr(sys, "argv", ["x", "--download", "--source_dir", str(mine), "--data_dir", str(tmp_path / "data")])
+    build_dataset.main()
+    assert {path.name for path in (tmp_path / "data/digits").iterdir()} == {"mnistm", "svhn", "usps"}
+    (mine / "my own/BSR_bsds500.tgz").unlink()
+    monkeypatch.setattr(sys, "argv", ["x", "--download", "--source_dir", str(mine), "--data_dir", str(tmp_path / "less")])
+    with pytest.raises(UserError, match="cannot download BSDS500"):
+        build_dataset.main()
+    assert {path.name for path in (tmp_path / "less/digits").iterdir()} == {"svhn", "usps"}

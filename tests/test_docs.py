@@ -111,13 +111,16 @@ def test_flags_have_the_names_of_the_house(script):
 # --- Commands -----------------------------------------------------------------------------------
 
 def commands():
-    """(where, command line) of all commands in the READMEs, in the docstrings of scripts and the heads of wrappers, and
-    those that the benchmark runs."""
+    """(where, command line) of all commands in the READMEs and reports, in the docstrings of scripts and the heads of
+    wrappers, and those that the benchmark runs."""
     for path in TEXTS:
         text = re.sub("(?<=`)([^`\n]*)\n([^`\n]*)(?=`)", r"\1 \2", path.read_text())  # code may break at a line's end
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
             yield from ((path, line) for line in block.splitlines())
         yield from ((path, line) for line in re.findall(r"`((?:python3|bash|torchrun) [^`]*)`", text))
+    for path in sorted(ROOT.glob("report/*.typ")):
+        for lines in re.findall(r"#command\((.*?)\)\n", path.read_text(), re.DOTALL):
+            yield from ((path, line) for line in re.findall('"([^"]*)"', lines))
     for script in SCRIPTS:
         for line in ast.get_docstring(ast.parse((ROOT / script).read_text())).splitlines():
             if re.match(r"    ([A-Z_]+=\S+ )*(python3|bash|torchrun) ", line):

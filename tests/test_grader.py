@@ -209,6 +209,24 @@ def test_training_refuses_bad_flags(tmp_path, printed_digits, capsys, flags, mes
     assert message in f"{error.value} {capsys.readouterr().err}" and not (tmp_path / "new.pth").exists()
     with pytest.raises(UserError, match="does not hold a panel"):
         digit_classifier.load_panel(digit_classifier.CHECKPOINTS["mnistm"])
+    with pytest.raises(UserError, match="Classifier_panel.pth holds a panel; .*evaluate.py grades by all of it"):
+        digit_classifier.load_classifier(digit_classifier.PANEL)
+
+
+def test_training_leaves_the_graders_of_the_repository_alone(printed_digits):
+    before = {path: path.read_bytes() for path in (*digit_classifier.CHECKPOINTS.values(), digit_classifier.PANEL)}
+    for more in ([], ["--domain", "svhn"], ["--panel", 2]):
+        with pytest.raises(UserError, match="is there already; name another file with --checkpoint"):
+            call("--train", printed_digits, "--epochs", 1, *more)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_training_needs_digits_and_takes_any_number_of_steps(tmp_path, printed_digits):
+    call("--train", printed_digits, "--epochs", 10, "--checkpoint", tmp_path / "ten.pth")  # OneCycleLR's rise is one
+    digit_classifier.load_classifier(tmp_path / "ten.pth")
+    (printed_digits / "digits/mnistm/train.csv").write_text("image_name,label\n")
+    with pytest.raises(UserError):
+        call("--train", printed_digits, "--checkpoint", tmp_path / "none.pth")
 
 
 def test_augmentation_keeps_shape_and_range_and_differs_by_image():

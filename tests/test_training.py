@@ -242,6 +242,46 @@ def test_update_clips_scales_and_follows_the_rate(tmp_path):
         assert before - model.weight.item() == pytest.approx(0.5 * 0.25 * length, rel=1e-5)
 
 
+class HalfScaler:
+    """GradScaler, which asks each optimiser's gradients alone for overflow, and before they are clipped."""
+
+    def __init__(self):
+        self.overflow, self.updated = {}, 0
+
+    def scale(self, loss):
+        return loss
+
+    def unscale_(self, optimizer):
+        self.overflow[optimizer] = not all(weight.grad.isfinite().all() for group in optimizer.param_groups
+                                           for weight in group["params"])
+
+    def step(self, optimizer):
+        if not self.overflow[optimizer]:
+            optimizer.step()
+
+    def update(self):
+        self.updated += 1
+
+    def is_enabled(self):
+        return True
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_an_overflow_in_one_optimisers_gradients_spares_the_others_weights(tmp_path, clip):
+    model = network()
+    parts = training.make_parts(model, training.make_optimizers(model, flags(tmp_path / "new", "--optimizer", "muon")),
+                                training.Process(torch.device("cpu"), None, 0, 1))
+    parts = parts._replace(scaler=HalfScaler())
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    hook = model[0].weight.register_hook(lambda gradient: gradient * float("nan"))
+    training.update(parts, model(torch.ones(2, 1, 4, 4)).mean(), lr_factor=1.0, decay=0.9, clip=clip)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    hook.remove()
+    training.update(parts, model(torch.ones(2, 1, 4, 4)).square().mean(), lr_factor=1.0, decay=0.9, clip=clip)
+    assert not torch.equal(model[0].weight, before["0.weight"]) and parts.scaler.updated == 2
+    assert all(value.isfinite().all() for value in model.parameters())
+
+
 # --- Muon ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])

@@ -113,6 +113,8 @@ def test_in_batches_gives_up_when_one_item_does_not_fit_and_hides_no_other_error
     ("raise utils.UserError('the file x is odd; mend it')", 2, "script.py: error: the file x is odd; mend it\n"),
     ("raise OSError(28, 'No space left on device', 'x')", 2,
      "script.py: error: [Errno 28] No space left on device: 'x'\n"),
+    ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\\nSee more')", 2,
+     "script.py: error: CUDA out of memory. Tried to allocate 2 GiB.; try a smaller --batch_size\n"),
     ("os.kill(os.getpid(), signal.SIGTERM)", 130, "\nscript.py: interrupted\n"),
     ("os.kill(os.getpid(), signal.SIGINT)", 130, "\nscript.py: interrupted\n"),
     ("print('fine')", 0, ""),
@@ -133,8 +135,9 @@ def test_exit_status_and_message(tmp_path, monkeypatch, capsys, action, status, 
 
 
 def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        utils.run(lambda: 1 / 0)
+    for bug, error in (("1 / 0", ZeroDivisionError), ("torch.ones(2) + torch.ones(3)", RuntimeError)):
+        with pytest.raises(error):
+            utils.run(lambda: eval(bug, {"torch": torch}))
 
 
 def test_argument_types(capsys):
