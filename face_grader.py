@@ -9,14 +9,16 @@ Prints, for the faces of a folder, a zip file or a grid, and for as many real on
     KID           squared kernel distance to the validation faces, features of ImageNet (lower)
     Frechet       distance to the validation faces in 128 features of identity (lower)
     diversity     mean distance between two faces' identities, of the real faces' (1 is best)
-    nearest       root mean square distance to the nearest training face in grey levels: real faces' is what it should
-                  be, a copy has 0
+    nearest       root mean square distance to the nearest training face or its mirror image in grey levels, the median
+                  over the faces: real faces' is what it should be, a copy has 0
     FID           when pytorch-fid and its Inception weights are here
 The real ones are training faces, and for `nearest` validation faces. What --data_dir takes: faces.py. 1,000 faces take
 about five minutes on 2 CPU cores, nearly all of it for the identities, which --no_identity leaves out.
 """
 
+import functools
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from utils import UserError, argument_parser, int_between, nonempty_path, run
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -35,6 +38,7 @@ from tqdm import tqdm
 from dataset import read_image_source, read_rgb
 from digit_classifier import frechet_distance
 from faces import PADDING, SIZE, add_arguments, read_faces, split_faces
+from files import check_output_file, other_rows, write_atomic
 
 # Where an aligned face is, as dlib crops it for its network of identities: pixels left, top, right, bottom of 64. One
 # place for all, so a face that is out of place counts as an odd one.
@@ -53,7 +57,11 @@ def cut_grid(picture):
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     for padding in (PADDING, *range(9)):
         rows, columns = ((length - padding) / (SIZE + padding) for length in pixels.shape[1:])
-        if rows >= 1 and columns >= 1 and rows == int(rows) and columns == int(columns):
+        if min(rows, columns) < 1 or rows % 1 or columns % 1:
+            continue
+        y, x = (torch.arange(length) % (SIZE + padding) < padding for length in pixels.shape[1:])
+        # Lines in a JPEG of noise have a standard deviation up to 28, faces in their place one of 76.
+        if not padding or pixels[:, y[:, None] | x].float().std(dim=1).max() < 40:
             break
     else:
         raise UserError(f"the picture has {picture.width}x{picture.height} pixels, which is no grid of images of "
@@ -94,11 +102,12 @@ def mean_distance(features):
 
 
 def nearest_distances(images, training, side=32):
-    """Root mean square distance in grey levels of each of uint8 `images` to the nearest of `training`, (N,), at
-    side x side."""
-    factor = SIZE // side
-    a, b = (F.avg_pool2d(batch.float(), factor).flatten(1) for batch in (images, training))
-    return torch.cat([torch.cdist(batch, b).min(dim=1).values for batch in a.split(250)]) / a.shape[1] ** 0.5
+    """Root mean square distance in grey levels of each of uint8 `images` to the nearest of `training` or its mirror
+    image, (N,), at side x side."""
+    images = torch.cat([images, images.flip(3)])
+    a, b = (F.avg_pool2d(batch.float(), SIZE // side).flatten(1) for batch in (images, training))
+    distances = torch.cat([torch.cdist(batch, b).min(dim=1).values for batch in a.split(250)])
+    return distances.view(2, -1).amin(dim=0) / a.shape[1] ** 0.5
 
 
 # --- Judges that packages bring -----------------------------------------------------------------
@@ -189,26 +198,31 @@ def look(images, identity=True):
 
 
 class Judge:
-    """The real faces, looked at once; call it with generated ones."""
+    """The real faces, read at once and looked at when first needed; call it with generated ones."""
 
     def __init__(self, sources, identity=True):
-        self.training, self.validation = (faces.images for faces in split_faces(read_faces(sources)))
-        if min(len(self.training), len(self.validation)) < 2:
+        require_judges(identity)
+        self.training, self.validation = split_faces(read_faces(sources))
+        if min(len(faces.images) for faces in (self.training, self.validation)) < 2:
             raise UserError("--data_dir must hold training faces and validation faces (the numbers 8001 to 9000)")
         self.identity = identity
-        self.reference = look(self.validation, identity)
         self.real = {}
+
+    @functools.cached_property
+    def reference(self):
+        """The Seen of the validation faces."""
+        return look(self.validation.images, self.identity)
 
     def __call__(self, images):
         """({measure: value}, the same for as many real faces) for uint8 images (N, 3, 64, 64)."""
-        count = min(len(images), len(self.training))
+        training = self.training.images
+        count = min(len(images), len(training))
         if count not in self.real:
-            order = torch.from_numpy(np.random.default_rng(0).permutation(len(self.training)))
-            real = self.training[order[:count]]
-            self.real[count] = self.measures(look(real, self.identity)) | dict(
-                nearest=nearest_distances(self.validation[:count], self.training).median().item())
+            order = torch.from_numpy(np.random.default_rng(0).permutation(len(training)))
+            self.real[count] = self.measures(look(training[order[:count]], self.identity)) | dict(
+                nearest=nearest_distances(self.validation.images[:count], training).median().item())
         measures = self.measures(look(images, self.identity))
-        measures["nearest"] = nearest_distances(images, self.training).median().item()
+        measures["nearest"] = nearest_distances(images, training).median().item()
         return measures, self.real[count]
 
     def measures(self, seen):
@@ -228,6 +242,46 @@ def report(measures, real):
                      for name, (title, scale, digits) in rows.items() if name in measures)
 
 
+# --- Studies ------------------------------------------------------------------------------------
+
+def add_study_arguments(parser, chapter):
+    """The flags of every study that trains networks of the folder `chapter` and judges their faces."""
+    add_arguments(parser)
+    parser.add_argument("--count", type=int_between(2), default=1000, help="samples to judge")
+    parser.add_argument("--output_dir", type=nonempty_path, default=chapter / "output/studies",
+                        help="where the trainings go, a folder each")
+    parser.add_argument("--output", type=nonempty_path,
+                        help="the file of results; results.csv in --output_dir when not given")
+
+
+def study(args, script, key, runs, measure):
+    """Trains, measures, records: for each of `runs`, {value of the column `key`: flags of the train.py `script`}.
+
+    A training goes into a folder of its own, on from where an earlier run stopped; measure(value, folder) makes its
+    rows, dicts, see `record`. Prints all rows as Markdown. UserError when a training fails.
+    """
+    output = args.output or args.output_dir / "results.csv"
+    check_output_file(output)
+    other_rows(output, key)  # a foreign file is told before hours of training
+    for value, flags in runs.items():
+        folder = args.output_dir / value
+        command = [sys.executable, script, "--data_dir", *args.data_dir, "--output_dir", folder, *flags,
+                   *["--resume"] * (folder / "last.pt").exists()]
+        if subprocess.run(list(map(str, command))).returncode:
+            raise UserError(f"the training in {folder} has failed, see above")
+        table = record(output, key, measure(value, folder))
+    lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+def record(path, key, rows):
+    """Writes `rows`, dicts, with six decimals into the CSV file `path`, where those with other values of `key` stay;
+    returns them all."""
+    table = pd.concat([other_rows(path, key, [row[key] for row in rows]), pd.DataFrame(rows)]).round(6)
+    write_atomic(path, table.to_csv(index=False).encode())
+    return table
+
+
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("generated", type=nonempty_path, help="folder or zip file of faces, or a grid of them")
@@ -235,13 +289,12 @@ def main():
     parser.add_argument("--count", type=int_between(2), default=1000, help="judge so many of the faces at most")
     parser.add_argument("--no_identity", action="store_true", help="leave out Frechet distance and diversity")
     args = parser.parse_args()
-    require_judges(not args.no_identity)
     images = read_generated(args.generated)[:args.count]
     if len(images) < 2:
         raise UserError(f"{args.generated} holds a single image; name several")
     judge = Judge(args.data_dir, not args.no_identity)
     print(f"{len(images)} images of {args.generated}\n{report(*judge(images))}")
-    distance = inception_distance(images, judge.validation)
+    distance = inception_distance(images, judge.validation.images)
     print(f"FID             {distance:>10.2f}" if isinstance(distance, float) else f"FID {distance}")
 
 

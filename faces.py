@@ -21,7 +21,7 @@ from PIL import Image
 
 from torchvision.utils import make_grid
 
-from dataset import read_image_source
+from dataset import IMAGE_SUFFIXES, read_image_source
 from files import check_output_file, is_stream, make_output_dir, save_png, write_atomic
 from utils import UserError, nonempty_path
 
@@ -153,11 +153,16 @@ def save_grid(path, images, columns=8):
 
 
 def save_faces(images, output_dir, grid, columns=8):
-    """Writes uint8 images (N, 3, H, W) as 0000.png ... into a folder and as one picture, where not None; says so."""
+    """Writes uint8 images (N, 3, H, W) as 0000.png ... into a folder and as one picture, where not None; says so, and
+    on stderr that the folder holds other images."""
     if grid:
         save_grid(grid, images, columns)
     if output_dir:
         folder = make_output_dir(output_dir)
-        for i, image in enumerate(images):
-            save_png(folder / f"{i:04d}.png", image)
+        paths = [folder / f"{i:04d}.png" for i in range(len(images))]
+        for path, image in zip(paths, images):
+            save_png(path, image)
+        others = {path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES}.difference(paths)
+        if others:
+            print(f"other images in {folder} stay: {len(others)}, the first {min(others).name}", file=sys.stderr)
     print(f"{len(images)} images in {' and '.join(str(path) for path in (output_dir, grid) if path)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, float_between, int_between, nonempty_path, pick_device, run
+from utils import argument_parser, float_between, int_between, nonempty_path, pick_device, run
 
 from faces import face_source, test_faces
 from p4_vae.elbo import kl_divergence
@@ -40,8 +40,6 @@ def main():
     model, _ = load_model(args.checkpoint, pick_device(args.device))
     images = test_faces([args.faces]).images
     mse, kl = evaluate(model, images, args.batch_size)
-    if not mse < float("inf"):
-        raise UserError(f"{args.checkpoint} makes NaN of the faces; name another checkpoint")
     print(f"mse = {mse:.4f} ({len(images)} faces; KL {kl:.1f} nats)")
     sys.exit(0 if mse <= args.baseline else 1)
 

@@ -49,16 +49,18 @@ def reconstruct(model, images, directions=(), batch_size=250):
     """(reconstructions, MSEs) of uint8 `images` (N, 3, 64, 64).
 
     uint8 (1 + len(directions), N, 3, 64, 64): the image of the mean latent, and those of the mean latent moved by each
-    direction (L,); float (N,): the errors of the first, in [0, 1].
+    direction (L,); float (N,): the errors of the first, in [0, 1]. UserError when one comes out as NaN.
     """
     device = next(model.parameters()).device
-    rows, errors = [], []
-    for batch in images.split(batch_size):
+
+    def rows_of(batch):
         x = batch.to(device).float() / 255
         mean, _ = model.encode(x)
-        decoded = [model.decode(mean + shift.to(device)) for shift in (torch.zeros(model.latents), *directions)]
-        errors.append(squared_errors(decoded[0].clamp(0, 1), x).cpu())
-        rows.append(to_uint8(torch.stack(decoded)).cpu())
+        decoded = [require_finite(model.decode(mean + shift.to(device)), ["a reconstruction"] * len(x))
+                   for shift in (torch.zeros(model.latents), *directions)]
+        return to_uint8(torch.stack(decoded)).cpu(), squared_errors(decoded[0].clamp(0, 1), x).cpu()
+
+    rows, errors = zip(*(result for _, result in in_batches(rows_of, images, batch_size)))
     return torch.cat(rows, dim=1), torch.cat(errors)
 
 
@@ -66,7 +68,8 @@ def reconstruct(model, images, directions=(), batch_size=250):
 def walk(model, pair, steps=8):
     """uint8 (steps, 3, 64, 64): on the straight line between the mean latents of two images, uint8 (2, 3, 64, 64)."""
     (start, stop), _ = model.encode(pair.to(next(model.parameters()).device).float() / 255)
-    return to_uint8(model.decode(torch.stack([start.lerp(stop, i / (steps - 1)) for i in range(steps)]))).cpu()
+    images = model.decode(torch.stack([start.lerp(stop, i / (steps - 1)) for i in range(steps)]))
+    return to_uint8(require_finite(images, ["a face of the walk"] * steps)).cpu()
 
 
 # What each of the three pictures can be told.
@@ -75,7 +78,8 @@ USES = {"sampling": {"count", "prior", "seed"}, "--reconstruct": {"count", "attr
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("output_dir", type=nonempty_path, nargs="?", help="folder for faces one by one")
+    parser.add_argument("output_dir", type=nonempty_path, nargs="?",
+                        help="folder for faces one by one; made if need be, other files in it stay")
     parser.add_argument("--grid", type=nonempty_path, metavar="FILE", help="a picture, .png or .jpg, for all together")
     parser.add_argument("--count", type=int_between(1), help="faces; 32, or 10 with --reconstruct, when not given")
     parser.add_argument("--prior", choices=["normal", "fitted"], default="normal", help="what latents are sampled from")
@@ -95,6 +99,8 @@ def parse_args():
     if unused:
         others = " and ".join(other for other in USES if min(unused) in USES[other])
         raise UserError(f"--{min(unused)} means nothing to {what}, it is for {others}; leave it out")
+    if args.strength != parser.get_default("strength") and not args.attribute:
+        raise UserError("--strength means nothing without --attribute; name one, or leave it out")
     return args
 
 
@@ -105,7 +111,7 @@ def pictures(args, model, latents):
         count = 2 if args.walk else args.count or 10
         if len(faces.images) < count:
             raise UserError(f"{(args.walk or args.reconstruct).path} holds {len(faces.images)} faces, and {count} are "
-                            "needed; name others, or lower --count")
+                            f"needed; name others{', or lower --count' * (not args.walk)}")
         faces = faces.take(slice(count))
         if args.walk:
             return walk(model, faces.images), 8

@@ -5,26 +5,25 @@
 
 Trains with each of --betas into a folder of --output_dir, unless that is done (an interrupted training goes on), judges
 1,000 samples of N(0, I) and of the fitted prior as face_grader.py does, which needs its packages, and writes a row each
-into --output, where rows of other betas stay. Prints the table as Markdown. --figures: the learning curve and the t-SNE
-embedding of the validation faces' mean latents, of the last of --betas.
+into --output_dir/results.csv, where rows of other betas stay; --output p4_vae/checkpoints/results.csv changes the
+record of README and report. Prints the table as Markdown. --figures: the learning curve and the t-SNE embedding of the
+validation faces' mean latents, of the last of --betas.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_between, nonempty_path, run
+from utils import argument_parser, int_between, nonempty_path, run
 
 import numpy as np
-import pandas as pd
 
 import plots
-from face_grader import Judge, require_judges
-from faces import add_arguments, attributes_of, read_attributes, read_faces, split_faces
-from files import check_output_file, load_checkpoint, make_output_dir, other_rows, write_atomic
+from face_grader import Judge, add_study_arguments, study
+from faces import attributes_of, read_attributes
+from files import load_checkpoint, make_output_dir
 from p4_vae.evaluate import evaluate
 from p4_vae.inference import generate
 from p4_vae.latents import encode_all
@@ -43,35 +42,20 @@ def beta_text(text):
 
 def parse_args():
     parser = argument_parser(__doc__)
-    add_arguments(parser)
+    add_study_arguments(parser, ROOT / "p4_vae")
     parser.add_argument("--attributes", type=nonempty_path, help="list_attr_celeba.txt or the course's train.csv")
     parser.add_argument("--betas", type=beta_text, nargs="+", default=["1e-4", "1e-5", "1e-7", "auto"],
                         help="what train.py is given")
     parser.add_argument("--epochs", type=int_between(1), help="of each training; train.py's own when not given")
-    parser.add_argument("--count", type=int_between(2), default=1000, help="samples to judge")
-    parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p4_vae/output/studies",
-                        help="where the trainings go, a folder each")
-    parser.add_argument("--output", type=nonempty_path, default=ROOT / "p4_vae/checkpoints/results.csv",
-                        help="the file of results")
     parser.add_argument("--no_identity", action="store_true", help="leave out Frechet distance and diversity")
     parser.add_argument("--figures", type=nonempty_path, help="a folder for figures; none are made when not given")
     return parser.parse_args()
 
 
-def train(folder, beta, args):
-    """Runs train.py with `beta` into `folder`, from where an earlier run stopped; UserError when it fails."""
-    flags = ["--beta", beta, "--output_dir", folder, "--data_dir", *args.data_dir]
-    flags += ["--attributes", args.attributes] if args.attributes else []
-    flags += ["--epochs", args.epochs] if args.epochs else []
-    flags += ["--resume"] if (folder / "last.pt").exists() else []
-    if subprocess.run([sys.executable, ROOT / "p4_vae/train.py", *map(str, flags)]).returncode:
-        raise UserError(f"the training with --beta {beta} has failed, see above")
-
-
 def measure(folder, beta, judge, count):
     """The rows of results.csv of the network in `folder`: one for N(0, I), one for the fitted prior."""
     model, latents = load_model(folder / "model.pt")
-    mse, kl = evaluate(model, judge.validation)
+    mse, kl = evaluate(model, judge.validation.images)
     rows = []
     for prior, mixture in (("normal", None), ("fitted", latents["mixture"])):
         measures, _ = judge(generate(model, range(count), 0, mixture))
@@ -108,35 +92,27 @@ def draw_embedding(path, points, has):
     plots.save(path, figure)
 
 
-def draw_figures(folder, training, args):
-    """Writes curves.svg and tsne.svg of the training in the folder `training` into `folder`."""
+def draw_figures(folder, training, faces, has):
+    """Writes curves.svg of the training in the folder `training` into `folder`, and tsne.svg of Faces where `has`, see
+    draw_embedding, is not empty."""
     draw_curves(folder / "curves.svg", load_checkpoint(training / "last.pt", "p4_vae", ["metrics"])["metrics"])
-    if args.attributes:
-        model, _ = load_model(training / "model.pt")
-        _, validation = split_faces(read_faces(args.data_dir))
-        table = attributes_of(validation, read_attributes(args.attributes), SHOWN)
-        draw_embedding(folder / "tsne.svg", embed(model, validation), dict(table))
+    if has:
+        draw_embedding(folder / "tsne.svg", embed(load_model(training / "model.pt")[0], faces), has)
 
 
 def main():
     args = parse_args()
-    check_output_file(args.output)
-    other_rows(args.output, "beta")  # a foreign file is told before hours of training
-    require_judges(not args.no_identity)  # before hours of training
+    # What is missing is told before hours of training.
+    judge = Judge(args.data_dir, not args.no_identity)
+    has = dict(attributes_of(judge.validation, read_attributes(args.attributes), SHOWN)) if args.attributes else {}
     if args.figures:
         make_output_dir(args.figures)
-    if args.attributes:
-        attributes_of(split_faces(read_faces(args.data_dir))[1], read_attributes(args.attributes), SHOWN)
-    for beta in args.betas:
-        train(args.output_dir / beta, beta, args)
+    flags = ["--attributes", args.attributes] if args.attributes else []
+    flags += ["--epochs", args.epochs] if args.epochs else []
+    study(args, ROOT / "p4_vae/train.py", "beta", {beta: ["--beta", beta, *flags] for beta in args.betas},
+          lambda beta, folder: measure(folder, beta, judge, args.count))
     if args.figures:
-        draw_figures(args.figures, args.output_dir / args.betas[-1], args)
-    judge = Judge(args.data_dir, not args.no_identity)
-    rows = [row for beta in args.betas for row in measure(args.output_dir / beta, beta, judge, args.count)]
-    rows = pd.concat([other_rows(args.output, "beta", args.betas), pd.DataFrame(rows)])
-    write_atomic(args.output, rows.to_csv(index=False).encode())
-    lines = [list(rows.columns), ["---"] * rows.shape[1], *rows.astype(str).values.tolist()]
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        draw_figures(args.figures, args.output_dir / args.betas[-1], judge.validation, has)
 
 
 if __name__ == "__main__":

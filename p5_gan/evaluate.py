@@ -4,8 +4,8 @@
     python3 p5_gan/evaluate.py --data_dir ... --checkpoint p5_gan/output/model.pt
     python3 p5_gan/evaluate.py --data_dir ... --others vae_normal vae_fitted ddim --output p5_gan/checkpoints/faces.csv
 
---others judges the faces in these folders as well. --output records it all: a row for the generator ("gan"), one for
-each folder by its name, and one for as many real faces.
+--others judges the faces in these folders as well. --output records each set as soon as it is judged: a row for the
+generator ("gan"), one for each folder by its name, and one for as many real faces; rows of other names stay.
 """
 
 import sys
@@ -16,32 +16,30 @@ sys.path.insert(0, str(ROOT))
 
 from utils import UserError, argument_parser, int_between, nonempty_path, pick_device, run
 
-import pandas as pd
-
-from face_grader import Judge, read_generated, report, require_judges
+from face_grader import Judge, read_generated, record, report
 from faces import add_arguments
-from files import check_output_file, write_atomic
+from files import check_output_file, other_rows
 from p5_gan.inference import generate
 from p5_gan.model import CHECKPOINT, load_model
 
 
 def judge_all(judge, sets):
-    """(text for people, rows of the record) on {name: uint8 images (N, 3, 64, 64)}; the rows of real faces, one for
-    each N, come last."""
-    texts, rows, real_rows = [], [], {}
+    """Yields (text for people, rows of the record so far) for each of {name: uint8 images (N, 3, 64, 64)}; the rows of
+    real faces, one for each N, come last."""
+    rows, real_rows = [], {}
     for name, images in sets.items():
         measures, real = judge(images)
-        texts.append(f"{name}, {len(images)} images\n{report(measures, real)}")
         rows.append(dict(name=name, count=len(images), **measures))
         real_rows[len(images)] = dict(name="real", count=len(images), **real)
-    return "\n".join(texts), [*rows, *real_rows.values()]
+        yield f"{name}, {len(images)} images\n{report(measures, real)}", [*rows, *real_rows.values()]
 
 
 def main():
     parser = argument_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")
-    parser.add_argument("--count", type=int_between(2), default=1000, help="faces to generate")
+    parser.add_argument("--count", type=int_between(2), default=1000,
+                        help="faces to generate, and to judge of each folder of --others at most")
     parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the latents")
     parser.add_argument("--others", type=nonempty_path, nargs="+", default=[], help="folders of other models' faces")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file for the measures; none when not given")
@@ -50,7 +48,7 @@ def main():
     args = parser.parse_args()
     if args.output:
         check_output_file(args.output)
-    require_judges(not args.no_identity)
+        other_rows(args.output, "name")  # a foreign file is told before minutes of judging
     model = load_model(args.checkpoint, pick_device(args.device))
     sets = {}
     for path in args.others:
@@ -59,11 +57,11 @@ def main():
         sets[path.name] = read_generated(path)[:args.count]
         if len(sets[path.name]) < 2:
             raise UserError(f"{path} holds a single image; name a folder of more")
-    text, rows = judge_all(Judge(args.data_dir, not args.no_identity),
-                           {"gan": generate(model, range(args.count), args.seed), **sets})
-    print(text)
-    if args.output:
-        write_atomic(args.output, pd.DataFrame(rows).round(6).to_csv(index=False).encode())
+    judge = Judge(args.data_dir, not args.no_identity)
+    for text, rows in judge_all(judge, {"gan": generate(model, range(args.count), args.seed), **sets}):
+        print(text, flush=True)
+        if args.output:
+            record(args.output, "name", rows)
 
 
 if __name__ == "__main__":

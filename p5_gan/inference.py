@@ -39,7 +39,8 @@ def generate(model, numbers, seed, batch_size=250):
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("output_dir", type=nonempty_path, nargs="?", help="folder for faces one by one")
+    parser.add_argument("output_dir", type=nonempty_path, nargs="?",
+                        help="folder for faces one by one; made if need be, other files in it stay")
     parser.add_argument("--grid", type=nonempty_path, metavar="FILE", help="a picture, .png or .jpg, for all together")
     parser.add_argument("--count", type=int_between(1), default=32, help="faces")
     parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")

@@ -4,25 +4,22 @@
     python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58                         # all recipes
 
 Trains each recipe into a folder of --output_dir, unless that is done (an interrupted training goes on), judges 1,000
-samples as face_grader.py does, which needs its packages, and writes a row each into --output, with the seconds and the
-images that the training took; rows of other recipes stay there. Prints the table as Markdown. Recipes compare when they
-took as long: narrow with public, the others with ours.
+samples as face_grader.py does, which needs its packages, and writes a row each into --output_dir/results.csv, with the
+seconds and the images that the training took, where rows of other recipes stay; --output p5_gan/checkpoints/results.csv
+changes the record of README and report. Prints the table as Markdown. Recipes compare when they took as long: narrow
+with public, the others with ours.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, argument_parser, int_between, nonempty_path, run
+from utils import argument_parser, run
 
-import pandas as pd
-
-from face_grader import Judge, require_judges
-from faces import add_arguments
-from files import check_output_file, load_checkpoint, other_rows, read_jsonl, write_atomic
+from face_grader import Judge, add_study_arguments, study
+from files import load_checkpoint, read_jsonl
 from p5_gan.inference import generate
 from p5_gan.model import load_model
 
@@ -32,7 +29,7 @@ RECIPES = {  # flags of train.py
     # DCGAN with spectral norm as public solutions have it.
     "public": ["--loss", "cross_entropy", "--no_augment", "--ema", "0", "--batch_size", "128", "--lr", "2e-4",
                "--epochs", "94"],
-    "no_augment": ["--no_augment"],
+    "no_augment": ["--no_augment"],  # ours changed at most 2 % of the images
     "no_ema": ["--ema", "0"],
     "cross_entropy": ["--loss", "cross_entropy"],
 }
@@ -41,22 +38,9 @@ MEASURES = {"face_rate": 3, "kid": 5, "frechet": 4, "diversity": 3, "nearest": 1
 
 def parse_args():
     parser = argument_parser(__doc__)
-    add_arguments(parser)
+    add_study_arguments(parser, ROOT / "p5_gan")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what to train")
-    parser.add_argument("--count", type=int_between(2), default=1000, help="samples to judge")
-    parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p5_gan/output/studies",
-                        help="where the trainings go, a folder each")
-    parser.add_argument("--output", type=nonempty_path, default=ROOT / "p5_gan/checkpoints/results.csv",
-                        help="the file of results")
     return parser.parse_args()
-
-
-def train(folder, recipe, args):
-    """Runs train.py with a recipe into `folder`, from where an earlier run stopped; UserError when it fails."""
-    command = [sys.executable, ROOT / "p5_gan/train.py", "--data_dir", *args.data_dir, "--output_dir", folder,
-               *RECIPES[recipe], *["--resume"] * (folder / "last.pt").exists()]
-    if subprocess.run(list(map(str, command))).returncode:
-        raise UserError(f"the training of the recipe {recipe} has failed, see above")
 
 
 def measure(folder, recipe, judge, count):
@@ -71,17 +55,9 @@ def measure(folder, recipe, judge, count):
 
 def main():
     args = parse_args()
-    check_output_file(args.output)
-    other_rows(args.output, "recipe")  # a foreign file is told before hours of training
-    require_judges()  # before hours of training
-    for recipe in args.recipes:
-        train(args.output_dir / recipe, recipe, args)
-    judge = Judge(args.data_dir)
-    rows = [measure(args.output_dir / recipe, recipe, judge, args.count) for recipe in args.recipes]
-    rows = pd.concat([other_rows(args.output, "recipe", args.recipes), pd.DataFrame(rows)])
-    write_atomic(args.output, rows.to_csv(index=False).encode())
-    lines = [list(rows.columns), ["---"] * rows.shape[1], *rows.astype(str).values.tolist()]
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    judge = Judge(args.data_dir)  # what is missing is told before hours of training
+    study(args, ROOT / "p5_gan/train.py", "recipe", {recipe: RECIPES[recipe] for recipe in args.recipes},
+          lambda recipe, folder: [measure(folder, recipe, judge, args.count)])
 
 
 if __name__ == "__main__":

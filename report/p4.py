@@ -34,9 +34,9 @@ def build(folder, checkpoints, source, attributes, device, quick):
     checkpoints: the folder of vae.pt, of its training's metrics.jsonl and of results.csv. source: a FaceSource with
     the validation faces; attributes: the file that tells who of them smiles. quick: few faces.
     """
-    for name in "metrics.jsonl", "results.csv":
+    for name, maker in ("metrics.jsonl", "train.py"), ("results.csv", "studies.py --output"):
         if not (checkpoints / name).exists():
-            raise UserError(f"there is no {checkpoints / name}; p4_vae/studies.py makes it")
+            raise UserError(f"there is no {checkpoints / name}; p4_vae/{maker} makes it")
     metrics = read_jsonl(checkpoints / "metrics.jsonl")
     model, latents = load_model(checkpoints / "vae.pt", device)
     content = load_checkpoint(checkpoints / "vae.pt", "p4_vae", ["recipe", "config"])

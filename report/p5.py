@@ -17,6 +17,7 @@ from p4_vae.inference import generate as generate_vae
 from p4_vae.model import load_model as load_vae
 from p5_gan.inference import generate
 from p5_gan.model import Discriminator, load_model
+from p5_gan.studies import RECIPES
 from report.layers import draw_chains, trace
 
 NOISES = Path(__file__).resolve().parents[1] / "p2_ddim/noise64"
@@ -67,7 +68,7 @@ def build(folder, chapters, device, quick):
     results.csv, and those of p4_vae and p2_ddim to stand beside it.
     """
     checkpoints = chapters / "p5_gan/checkpoints"
-    makers = {"metrics.jsonl": "train.py", "faces.csv": "evaluate.py --output", "results.csv": "studies.py"}
+    makers = {"metrics.jsonl": "train.py", "faces.csv": "evaluate.py --output", "results.csv": "studies.py --output"}
     for name, maker in makers.items():
         if not (checkpoints / name).exists():
             raise UserError(f"there is no {checkpoints / name}; p5_gan/{maker} makes it")
@@ -81,8 +82,11 @@ def build(folder, chapters, device, quick):
     image_grid(folder / "p5_samples.svg", faces, 8, width=4)
     side_by_side(folder / "p5_models.svg", chapters, device, faces, quick)
     rows = pd.read_csv(checkpoints / "faces.csv").to_dict("records")
+    recipes = pd.read_csv(checkpoints / "results.csv").to_dict("records")
+    for row in recipes:
+        flags = RECIPES.get(row["recipe"], [])
+        row["channels"] = dict(zip(flags, flags[1:])).get("--channels", content["config"]["channels"])
     return dict(parameters=[sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)],
                 printed=printed, recipe=content["recipe"], config=content["config"], epochs=metrics[-1]["epoch"],
                 steps=metrics[-1]["step"], minutes=sum(row["seconds"] for row in metrics) / 60, first=metrics[0],
-                last=metrics[-1], recipes=pd.read_csv(checkpoints / "results.csv").to_dict("records"),
-                faces=json.loads(pd.DataFrame(rows).to_json(orient="records")))
+                last=metrics[-1], recipes=recipes, faces=json.loads(pd.DataFrame(rows).to_json(orient="records")))

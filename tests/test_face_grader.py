@@ -25,7 +25,8 @@ def random_images(count, seed=0):
 
 # --- Reading ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("count, columns, padding", [(32, 8, 2), (32, 8, 0), (30, 8, 2), (4, 2, 5)])
+@pytest.mark.parametrize("count, columns, padding", [(32, 8, 2), (32, 8, 0), (30, 8, 2), (4, 2, 5),
+                                                     (1024, 32, 0)])  # 2048x2048, as 961 in lines of 2 would have
 def test_a_grid_is_cut_into_its_images(tmp_path, count, columns, padding):
     images = random_images(count)
     save_image(images.float() / 255, tmp_path / "grid.png", nrow=columns, padding=padding)
@@ -38,12 +39,16 @@ def test_our_grids_folders_and_archives_are_read(tmp_path):
     assert torch.equal(read_generated(tmp_path / "grid.png"), images)
     save_grid(tmp_path / "grid.jpg", images[:10])  # six places of the last row are empty, but for JPEG's ripples
     assert len(read_generated(tmp_path / "grid.jpg")) == 10
+    Image.open(tmp_path / "grid.png").save(tmp_path / "grid.jpg", quality=50)  # lines that are far from one colour
+    assert len(read_generated(tmp_path / "grid.jpg")) == 32
     (tmp_path / "folder").mkdir()
     for i, image in enumerate(images[:3]):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"folder/{'abc'[i]}.png")
     assert torch.equal(read_generated(tmp_path / "folder"), images[:3])
     with pytest.raises(UserError, match="100x64 pixels, which is no grid"):
         cut_grid(Image.new("RGB", (100, 64)))
+    with pytest.raises(UserError, match="68x68 pixels, which is no grid"):  # the size of one, but no line around it
+        cut_grid(Image.fromarray(np.random.default_rng(0).integers(256, size=(68, 68, 3), dtype=np.uint8)))
 
 
 # --- Measures -----------------------------------------------------------------------------------
@@ -76,6 +81,7 @@ def test_distances_between_and_to_the_nearest():
     others = torch.cat([random_images(4, seed=1), images[1:2]])
     distances = nearest_distances(images, others)
     assert distances[1] < 0.1 < distances[0] and distances[2] > 10  # the copy is found
+    torch.testing.assert_close(nearest_distances(images.flip(3), others), distances)  # trainings mirror at random
     grey = torch.full((2, 3, 64, 64), 100, dtype=torch.uint8)
     torch.testing.assert_close(nearest_distances(grey, grey[:1] + 10), torch.tensor([10.0, 10]))
 
@@ -96,6 +102,7 @@ def features_of(images):
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Judges that are there without their packages."""
+    monkeypatch.setattr(face_grader, "require_judges", lambda identity: None)
     monkeypatch.setattr(face_grader, "found_faces", lambda images: images[:, 0, 0, 0] > 127)
     for name in ("imagenet_features", "identity_features"):
         monkeypatch.setattr(face_grader, name, features_of)
@@ -103,15 +110,16 @@ def stand_ins(monkeypatch):
 
 def test_real_faces_stand_beside_generated_ones(data, stand_ins, monkeypatch, capsys):
     judge = Judge([face_source(str(data))])
-    assert len(judge.training) == 6 and len(judge.validation) == 4
+    training, validation = judge.training.images, judge.validation.images
+    assert len(training) == 6 and len(validation) == 4
     images = random_images(5, seed=9)
     measures, real = judge(images)
     assert measures.keys() == real.keys() == {"face_rate", "kid", "frechet", "diversity", "nearest"}
     assert measures["face_rate"] == (images[:, 0, 0, 0] > 127).float().mean()
-    assert measures["kid"] == kernel_distance(features_of(images), features_of(judge.validation))
+    assert measures["kid"] == kernel_distance(features_of(images), features_of(validation))
     assert measures["diversity"] == pytest.approx(mean_distance(features_of(images))
-                                                  / mean_distance(features_of(judge.validation)))
-    assert judge(judge.training[:5])[0]["nearest"] == pytest.approx(0, abs=0.1) and real["nearest"] > 10
+                                                  / mean_distance(features_of(validation)))
+    assert judge(training[:5])[0]["nearest"] == pytest.approx(0, abs=0.1) and real["nearest"] > 10
     text = report(measures, real)
     assert len(text.splitlines()) == 5 and f"{100 * measures['face_rate']:.1f}" in text
 
@@ -119,7 +127,6 @@ def test_real_faces_stand_beside_generated_ones(data, stand_ins, monkeypatch, ca
     flags = [data.parent / "grid.png", "--data_dir", data, "--no_identity"]
     monkeypatch.setattr(sys, "argv", ["grader", *map(str, flags)])
     monkeypatch.setattr(face_grader, "inception_distance", lambda images, reference: 0.0)
-    monkeypatch.setattr(face_grader, "require_judges", lambda identity: None)
     face_grader.main()
     printed = capsys.readouterr().out
     assert "5 images of" in printed and "KID" in printed and "Frechet" not in printed

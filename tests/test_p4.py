@@ -20,7 +20,7 @@ from conftest import call
 from faces import face_source, read_attributes, read_faces, split_faces
 from p4_vae import evaluate, inference, studies, train
 from p4_vae.elbo import D, automatic_beta, kl_divergence, squared_errors
-from p4_vae.latents import attribute_directions, fit_mixture, sample_prior
+from p4_vae.latents import attribute_directions, encode_all, fit_mixture, sample_prior
 from p4_vae.model import VAE, load_model
 from utils import UserError, image_generators
 
@@ -298,14 +298,14 @@ def test_bad_training_flags_get_a_sentence(data, tmp_path, monkeypatch, flags, m
 
 def test_the_study_keeps_rows_of_other_betas_and_tells_mistakes_before_it_trains(data, trained, tmp_path, monkeypatch,
                                                                                capsys):
-    def train_nothing(folder, beta, args):
-        shutil.copytree(trained, folder, dirs_exist_ok=True)
+    def run(command):
+        shutil.copytree(trained, command[command.index("--output_dir") + 1], dirs_exist_ok=True)
+        return subprocess.CompletedProcess(command, 0)
 
     def judge(images):
         return dict(face_rate=0.5, kid=0.1), {}
-    judge.validation = read_faces([face_source(str(data))]).images
-    monkeypatch.setattr(studies, "train", train_nothing)
-    monkeypatch.setattr(studies, "require_judges", lambda identity: None)
+    judge.validation = faces.test_faces([face_source(str(data))])
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(studies, "Judge", lambda sources, identity: judge)
     flags = ["--data_dir", data, "--attributes", data.parent / "list.txt", "--output", tmp_path / "results.csv",
              "--output_dir", tmp_path / "out", "--count", 3]
@@ -314,8 +314,9 @@ def test_the_study_keeps_rows_of_other_betas_and_tells_mistakes_before_it_trains
     table = pd.read_csv(tmp_path / "results.csv", dtype=dict(beta=str))
     assert table.beta.tolist() == ["1e-5"] * 2 + ["auto"] * 2 + ["1e-7"] * 2
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"curves.svg", "tsne.svg"}
+    assert "not Male" in (tmp_path / "figures/tsne.svg").read_text()
     (tmp_path / "few.txt").write_text("1\nSmiling Male\n008001.jpg 1 1\n")
-    monkeypatch.setattr(studies, "train", None)
+    monkeypatch.setattr(subprocess, "run", None)
     for more, message in ((["--attributes", tmp_path / "few.txt"], "the attributes hold no 8002"),
                           (["--output", tmp_path / "few.txt"], "is no table with a column beta"),
                           (["--betas", "foo"], "foo is neither auto nor a number")):
@@ -378,12 +379,25 @@ def test_evaluation_prints_the_error_of_validation_faces(data, trained, capsys):
     assert end.value.code == 1
 
 
-def test_figures_are_drawn(trained, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["studies.py", "--data_dir", str(data), "--attributes",
-                                      str(data.parent / "list.txt")])
-    studies.draw_figures(tmp_path / "figures", trained, studies.parse_args())
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"curves.svg", "tsne.svg"}
-    assert "not Male" in (tmp_path / "figures/tsne.svg").read_text()
+def test_memory_that_runs_out_halves_the_batch_and_nan_is_told(monkeypatch, capsys):
+    model, x = fitted()
+    images = (x * 255).to(torch.uint8)[:9]
+    whole = inference.reconstruct(model, images, [torch.ones(5)]), encode_all(model, images)
+    encode = model.encode
+
+    def in_little_memory(x):
+        if len(x) > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return encode(x)
+    monkeypatch.setattr(model, "encode", in_little_memory)
+    again = inference.reconstruct(model, images, [torch.ones(5)]), encode_all(model, images)
+    assert capsys.readouterr().err.count("out of memory: going on with batches of 4") == 2
+    for ours, theirs in zip(whole[0] + whole[1], again[0] + again[1]):
+        torch.testing.assert_close(ours, theirs)
+    monkeypatch.setattr(model, "decode", lambda z: torch.full((len(z), 3, 64, 64), float("nan")))
+    for call_it, faces_of in (inference.reconstruct, images), (inference.walk, images[:2]):
+        with pytest.raises(UserError, match="comes out as NaN"):
+            call_it(model, faces_of)
 
 
 # --- The wrapper --------------------------------------------------------------------------------
@@ -416,10 +430,14 @@ def test_without_a_trained_network_one_sentence_says_so(tmp_path, monkeypatch):
     (["--grid", "out.txt"], "must end in .png or .jpg"), (["--grid", "."], "must end in"),
     (["out", "--checkpoint", "nowhere.pt"], "no checkpoint nowhere.pt"),
     (["out", "--reconstruct", "DATA", "--count", "2", "--attribute", "Hairy"], "no attribute Hairy; it knows Smiling"),
-    (["out", "--reconstruct", "DATA", "--count", "5"], "holds 4 faces, and 5 are needed")])
+    (["out", "--reconstruct", "DATA", "--strength", "2"], "--strength means nothing without --attribute"),
+    (["out", "--walk", "ONE"], "holds 1 faces, and 2 are needed; name others$"),
+    (["out", "--reconstruct", "DATA", "--count", "5"], "holds 4 faces, and 5 are needed; .*lower --count")])
 def test_bad_inference_flags_get_a_sentence(data, trained, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    flags = [data if flag == "DATA" else flag for flag in flags]
+    (tmp_path / "one").mkdir()
+    shutil.copy(data / "000001.png", tmp_path / "one")
+    flags = [dict(DATA=data, ONE="one").get(flag, flag) for flag in flags]
     with pytest.raises(UserError, match=message):
         call(inference, "--checkpoint", trained / "model.pt", *flags)
     assert not list(tmp_path.glob("out/*"))

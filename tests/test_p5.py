@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+import face_grader
 import training
 from conftest import call
+from faces import face_source, read_faces
 from p5_gan import evaluate, inference, studies, train
 from p5_gan.augment import DiffAugment, colour, cutout, translation
 from p5_gan.losses import LOSSES
 from p5_gan.model import Discriminator, Generator, load_model
+from transforms import as_input
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,14 +90,14 @@ def test_translation_moves_by_whole_pixels_and_cutout_removes_a_square():
     assert (removed.flatten(1).sum(dim=1) <= 16 * 16).all() and removed.flatten(1).sum(dim=1).max() == 16 * 16
 
 
-def test_real_and_generated_images_are_changed_by_the_same_law():
-    """The same images on both sides of a batch come out with the same mean and spread, over many draws."""
+def test_the_share_of_the_images_is_changed_by_one_law_for_the_whole_batch():
+    """The same images in both halves of a batch come out with the same mean and spread, over many draws."""
     torch.manual_seed(0)
     augment = DiffAugment()
     images = (torch.rand(1, 3, 16, 16) - 0.5).repeat(2000, 1, 1, 1)
     assert torch.equal(augment(images), images)  # it begins with none
     augment.share.fill_(0.6)
-    sides = augment(images).flatten(2).mean(dim=2).chunk(2)  # real first, as train.py concatenates them
+    sides = augment(images).flatten(2).mean(dim=2).chunk(2)
     for statistic in (torch.mean, torch.std):
         first, second = (statistic(side, dim=0) for side in sides)
         # The standard error of a mean of 1,000 is a thirtieth of the spread.
@@ -161,6 +165,22 @@ def test_training_resumes_bit_for_bit(data, trained, tmp_path, monkeypatch):
     assert (trained / "samples_000004.png").read_bytes() == (tmp_path / "out/samples_000004.png").read_bytes()
 
 
+def test_real_and_generated_faces_are_augmented_together(data, tmp_path, monkeypatch):
+    seen, forward = [], DiffAugment.forward
+
+    def look(augment, images):
+        seen.append(images.detach())
+        return forward(augment, images)
+    monkeypatch.setattr(DiffAugment, "forward", look)
+    call(train, *tiny(data, tmp_path / "out", "--dry_run"))
+    assert [len(images) for images in seen] == [16, 8] * 2  # the discriminator's step, then the generator's
+    faces = read_faces([face_source(str(data))]).images
+    known = as_input(torch.cat([faces, faces.flip(3)]))
+    for together, alone in zip(seen[::2], seen[1::2]):
+        assert all((known == image).flatten(1).all(dim=1).any() for image in together[:8])
+        assert torch.equal(together[8:], alone)
+
+
 def test_the_log_shows_whether_the_players_match(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
@@ -178,10 +198,36 @@ def test_a_step_that_overflows_float16_leaves_the_mean_of_the_gradients_finite()
     assert means.pop()[0]["gradient"] == pytest.approx(2 * 2**0.5, rel=1e-4)  # of 1 and 3
 
 
+AGREE = """
+import hashlib, sys
+sys.path.insert(0, {root!r})
+import utils, torch, training
+from p5_gan import train
+
+players, make_parts = [], training.make_parts
+
+def remember(*args):
+    players.append(make_parts(*args))
+    return players[-1]
+
+def main():
+    training.make_parts = remember
+    train.main()
+    weights = torch.cat([weight.detach().flatten() for parts in players for weight in parts.model.parameters()])
+    sys.stdout.write(f"weights {{hashlib.sha256(weights.numpy().tobytes()).hexdigest()}}\\n")
+
+utils.run(main)
+"""
+
+
 def test_two_processes_train_together(data, tmp_path, torchrun):
-    done = torchrun("p5_gan/train.py", *tiny(data, tmp_path / "out", "--epochs", 1))
+    """Each draws its own latents and faces, so that both players' weights agree only if gradients are averaged."""
+    (tmp_path / "agree.py").write_text(AGREE.format(root=str(ROOT)))
+    done = torchrun(tmp_path / "agree.py", *tiny(data, tmp_path / "out", "--epochs", 1))
     assert done.returncode == 0, done.stderr
     assert "2 process(es), 2 steps" in done.stdout
+    weights = re.findall("weights (.+)", done.stdout)
+    assert len(weights) == 2 and weights[0] == weights[1]
 
 
 TOGETHER = """
@@ -215,18 +261,44 @@ def test_the_study_trains_each_recipe_with_its_flags_and_keeps_other_rows(data, 
         commands.append(command[2:])
         shutil.copytree(trained, command[command.index("--output_dir") + 1], dirs_exist_ok=True)
         return subprocess.CompletedProcess(command, 0)
-    monkeypatch.setattr(studies.subprocess, "run", run)
-    monkeypatch.setattr(studies, "require_judges", lambda: None)
+    monkeypatch.setattr(subprocess, "run", run)
+    flags = ["--data_dir", data, "--output_dir", tmp_path / "out", "--count", 2]
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="must hold training faces and validation"):
+        patch.setattr(face_grader, "require_judges", lambda identity: None)
+        call(studies, *flags)
+    assert not commands
     monkeypatch.setattr(studies, "Judge", lambda sources: lambda images: (dict.fromkeys(studies.MEASURES, 0.5), {}))
-    flags = ["--data_dir", data, "--output", tmp_path / "results.csv", "--output_dir", tmp_path / "out", "--count", 2]
     call(studies, *flags, "--recipes", "narrow", "public")
     call(studies, *flags)
-    assert pd.read_csv(tmp_path / "results.csv").recipe.tolist() == list(studies.RECIPES)
+    assert pd.read_csv(tmp_path / "out/results.csv").recipe.tolist() == list(studies.RECIPES)
     resumed = [command[:-1] for command in commands[2:] if command[-1] == "--resume"]
     assert resumed == commands[:2]  # with the same flags, or train.py would refuse
-    for command in commands:
-        monkeypatch.setattr(sys, "argv", ["train.py", *command])
-        assert train.parse_args().epochs >= 24
+
+
+def test_an_interrupted_study_keeps_the_rows_it_has(data, trained, tmp_path, monkeypatch):
+    def run(command):
+        if "--ema" in command:
+            raise KeyboardInterrupt
+        shutil.copytree(trained, command[command.index("--output_dir") + 1])
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(studies, "Judge", lambda sources: lambda images: (dict.fromkeys(studies.MEASURES, 0.5), {}))
+    with pytest.raises(KeyboardInterrupt):
+        call(studies, "--data_dir", data, "--output_dir", tmp_path, "--output", tmp_path / "new/rows.csv", "--count", 2,
+             "--recipes", "ours", "no_augment", "public")
+    assert pd.read_csv(tmp_path / "new/rows.csv").recipe.tolist() == ["ours", "no_augment"]
+
+
+def test_a_part_is_studied_by_one_change(monkeypatch):
+    def flags(name):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data_dir", "faces", *studies.RECIPES[name]])
+        return training.recipe(train.parse_args())
+    changed = {name: {flag for flag, value in flags(name).items() if value != flags("ours")[flag]}
+               for name in studies.RECIPES}
+    assert changed.pop("ours") == set() and changed["no_augment"] == {"no_augment"}
+    assert changed["no_ema"] == {"ema"} and changed["cross_entropy"] == {"loss"}
+    assert changed["public"] == {"loss", "no_augment", "ema", "batch_size", "lr", "epochs"}
+    assert changed["narrow"] == {"channels", "batch_size", "lr", "epochs"}
 
 
 def test_both_players_learn_and_the_average_follows(data, trained, tmp_path):
@@ -263,7 +335,7 @@ def test_bad_training_flags_get_a_sentence(data, tmp_path, flags, message):
         call(train, *tiny(data, tmp_path / "out", *flags))
 
 
-def test_same_seed_same_bytes_and_a_face_is_its_own(trained, tmp_path):
+def test_same_seed_same_bytes_and_a_face_is_its_own(trained, tmp_path, capsys):
     for name, flags in {"a": [], "b": [], "c": ["--seed", 1]}.items():
         call(inference, tmp_path / name, "--count", 6, "--grid", tmp_path / f"new/{name}.png",
              "--checkpoint", trained / "model.pt", "--device", "cpu", *flags)
@@ -271,6 +343,9 @@ def test_same_seed_same_bytes_and_a_face_is_its_own(trained, tmp_path):
     assert len(bytes_of["a"]) == 6 and bytes_of["a"] == bytes_of["b"]
     assert (tmp_path / "new/a.png").read_bytes() == (tmp_path / "new/b.png").read_bytes()
     assert all(x != y for x, y in zip(bytes_of["a"], bytes_of["c"]))
+    assert "other images" not in capsys.readouterr().err
+    call(inference, tmp_path / "b", "--count", 4, "--checkpoint", trained / "model.pt", "--device", "cpu")
+    assert "stay: 2, the first 0004.png" in capsys.readouterr().err
     alone = inference.generate(load_model(trained / "model.pt"), [4], seed=0)[0].permute(1, 2, 0).numpy()
     assert np.abs(alone.astype(int) - np.asarray(Image.open(tmp_path / "a/0004.png"))).max() <= 1
 
@@ -279,7 +354,6 @@ def test_other_models_faces_are_judged_and_recorded(data, trained, tmp_path, mon
     monkeypatch.setattr(evaluate, "Judge", lambda sources, identity: lambda images: (
         dict(face_rate=images.float().mean().item() / 255, kid=0.1, nearest=9.0),
         dict(face_rate=len(images) / 100, kid=0.0, nearest=1.0)))
-    monkeypatch.setattr(evaluate, "require_judges", lambda identity: None)
     flags = ["--data_dir", data, "--checkpoint", trained / "model.pt", "--device", "cpu", "--count", 30]
     call(evaluate, *flags, "--others", data, "--output", tmp_path / "new/faces.csv")
     table = pd.read_csv(tmp_path / "new/faces.csv")
@@ -287,6 +361,8 @@ def test_other_models_faces_are_judged_and_recorded(data, trained, tmp_path, mon
     pictures = np.stack([np.asarray(Image.open(path)) for path in data.iterdir()])
     assert table.face_rate[1] == pytest.approx(pictures.mean() / 255, abs=1e-3) and table.face_rate[3] == 0.2
     assert f"{data.name}, 20 images" in capsys.readouterr().out
+    call(evaluate, *flags, "--output", tmp_path / "new/faces.csv")
+    assert pd.read_csv(tmp_path / "new/faces.csv").name.tolist() == [data.name, "gan", "real"]
     (tmp_path / "real").mkdir()
     for name in ("1.png", "2.png"):
         (tmp_path / "real" / name).write_bytes((data / "000001.png").read_bytes())
