@@ -205,7 +205,7 @@ def pool(parts, source_dir, what, word):
 
 
 def download(source_dir, domain):
-    """Fetches the public files of `domain`, unless they are there already, be it in a folder or form of their user's."""
+    """Fetches the public files of `domain` that are not there, be it in a folder or form of their user's."""
     from torch.hub import download_url_to_file
     from torchvision import datasets
 

@@ -225,7 +225,7 @@ def train(args, device):
     domain = args.domain or "mnistm"
     checkpoint = args.checkpoint or (PANEL if args.panel else CHECKPOINTS[domain])
     if checkpoint.exists() and not args.checkpoint:
-        raise UserError(f"{checkpoint} is there already; name another file with --checkpoint, or this one to replace it")
+        raise UserError(f"{checkpoint} is there already; name another file, or this one to replace it, by --checkpoint")
     check_output_file(checkpoint)
     splits = [[values.to(device) for values in load_split(args.train, domain, split)[:2]]
               for split in ("train", "val")]

@@ -247,7 +247,7 @@ def update(parts, loss, lr_factor, decay, clip=1.0):
     for optimizer in parts.optimizers:
         parts.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parts.model.parameters(), clip or math.inf)
-    # Clipping has carried an overflow of float16 from one optimiser's gradients into all, and the scaler asks each alone.
+    # The scaler asks each optimiser's gradients alone, but clipping has carried one's overflow of float16 into all.
     if norm.isfinite() or not parts.scaler.is_enabled():
         for optimizer in parts.optimizers:
             parts.scaler.step(optimizer)

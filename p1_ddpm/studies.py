@@ -7,9 +7,9 @@
 
 Generates up to 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output, of several
 domains a line each. Settings of the same checkpoint, graders and precision that are in that file already are not
-measured again, so an interrupted study goes on; those by other graders or in another precision give way. Prints the tables as Markdown: mean and standard deviation where
-settings differ in the seed alone. On 2 CPU cores with AVX-512 the table reference takes 40 minutes, the others
-together 40.
+measured again, so an interrupted study goes on; those by other graders or in another precision give way. Prints the
+tables as Markdown: mean and standard deviation where settings differ in the seed alone. On 2 CPU cores with AVX-512
+the table reference takes 40 minutes, the others together 40.
 """
 
 import sys

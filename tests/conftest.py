@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import utils  # noqa: F401  before torch, as every script does
 
@@ -17,6 +18,12 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+
+MODULES = sorted(path for pattern in ("*.py", "report/*.py", "p?_*/**/*.py") for path in ROOT.glob(pattern))
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in MODULES
+                 if '\nif __name__ == "__main__"' in path.read_text())
+SHELL_SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for pattern in ("*.sh", "assignments/*/*.sh")
+                       for path in ROOT.glob(pattern))
 
 
 def call(script, *arguments):

@@ -668,11 +668,12 @@ def test_what_a_user_has_is_not_downloaded_again_and_one_domain_is_built_without
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     mine = tmp_path / "mine"
     shutil.copytree(public[0], mine / "my own")
-    monkeypatch.setattr(sys, "argv", ["x", "--download", "--source_dir", str(mine), "--data_dir", str(tmp_path / "data")])
+    flags = ["--download", "--source_dir", str(mine), "--data_dir"]
+    monkeypatch.setattr(sys, "argv", ["x", *flags, str(tmp_path / "data")])
     build_dataset.main()
     assert {path.name for path in (tmp_path / "data/digits").iterdir()} == {"mnistm", "svhn", "usps"}
     (mine / "my own/BSR_bsds500.tgz").unlink()
-    monkeypatch.setattr(sys, "argv", ["x", "--download", "--source_dir", str(mine), "--data_dir", str(tmp_path / "less")])
+    monkeypatch.setattr(sys, "argv", ["x", *flags, str(tmp_path / "less")])
     with pytest.raises(UserError, match="cannot download BSDS500"):
         build_dataset.main()
     assert {path.name for path in (tmp_path / "less/digits").iterdir()} == {"svhn", "usps"}

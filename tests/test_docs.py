@@ -13,13 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from conftest import ROOT, SCRIPTS, SHELL_SCRIPTS
 from report import benchmark, readme
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
-                 if path.parent.name != "tests" and '\nif __name__ == "__main__"' in path.read_text())
-WRAPPERS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.sh"), *ROOT.glob("assignments/*/*.sh")])
 TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("assignments/*/README.md"))]
 
 
@@ -125,7 +122,7 @@ def commands():
         for line in ast.get_docstring(ast.parse((ROOT / script).read_text())).splitlines():
             if re.match(r"    ([A-Z_]+=\S+ )*(python3|bash|torchrun) ", line):
                 yield script, line
-    for wrapper in WRAPPERS:
+    for wrapper in SHELL_SCRIPTS:
         head = re.findall(r"^#\s.*?(bash \S+\.sh.*?)(?:  |$)", (ROOT / wrapper).read_text(), re.MULTILINE)
         yield from ((wrapper, line) for line in head)
     for quick in (True, False):
@@ -138,7 +135,7 @@ def check(words, where):
     if not names or names[0].startswith("tests/"):
         return None
     name, given = names[0], words[words.index(names[0]) + 1:]
-    if where in WRAPPERS and name == Path(where).name:
+    if where in SHELL_SCRIPTS and name == Path(where).name:
         name = where
     assert (ROOT / name).is_file(), f"{where}: there is no {name}"
     if name.endswith(".sh"):
@@ -169,7 +166,7 @@ def test_every_command_in_the_texts_can_be_run():
                     assert (ROOT / word).exists(), f"{where}: {line}"
             seen.add(check(words, where))
     assert set(SCRIPTS) <= seen, "a script that no text shows"
-    assert {wrapper for wrapper in WRAPPERS if not called_by(wrapper)} <= seen
+    assert {wrapper for wrapper in SHELL_SCRIPTS if not called_by(wrapper)} <= seen
 
 
 def test_the_readme_shows_the_house_as_it_is():

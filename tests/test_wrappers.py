@@ -12,12 +12,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-SHELL_SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for pattern in ("*.sh", "assignments/*/*.sh")
-                       for path in ROOT.glob(pattern))
+from conftest import ROOT, SCRIPTS, SHELL_SCRIPTS
+
 WRAPPERS = [script for script in SHELL_SCRIPTS if "/inference.py" in (ROOT / script).read_text()]
-SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)
-                 if path.parent.name != "tests" and '__name__ == "__main__"' in path.read_text())
 
 
 def run(*command, cwd, **environment):
