@@ -4,15 +4,16 @@ The word's embedding v* is what minimises the diffusion loss on a few images (eq
 in neutral contexts.
 """
 
-from utils import UserError
+from utils import UserError, autocast
 
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from files import write_atomic
-from p6_personalize.model import require_new
+from p6_personalize.evaluate import best_five, scores
+from p6_personalize.model import generate, require_new
 from transforms import as_input
 
 
@@ -102,6 +103,20 @@ def diffusion_loss(unet, x0, text, scheduler):
                         f"{' or '.join(targets)}")
     prediction = unet((signal * x0 + sigma * noise).to(unet.dtype), t, text.to(unet.dtype)).sample
     return (prediction.float() - targets[kind]).square().flatten(1).mean(1)
+
+
+def validate(pipe, dtype, prompt, guidance, clip=None, references=(), text=""):
+    """(eight images of `prompt` from fixed noise, drawn in the precision `dtype`: uint8 (8, 3, H, W); their scores).
+
+    The scores, 0-d tensors, are evaluate.py's: {"image_score": with PIL `references`, "text_score": with a `text`}; {}
+    without a `clip`.
+    """
+    with autocast(pipe.device, dtype):
+        images = torch.cat([batch for _, batch in generate(pipe, [(n, prompt) for n in range(8)], 0, 25, guidance)])
+    if not clip:
+        return images, {}
+    image, text = best_five(*scores(clip, [to_pil_image(x) for x in images], references, text))
+    return images, dict(image_score=torch.tensor(image), text_score=torch.tensor(text))
 
 
 def save_embeds(path, token, rows):

@@ -14,7 +14,7 @@ from utils import UserError, image_generators, in_batches, randn, require_finite
 
 import torch
 
-from files import load_torch, load_weights, read_json
+from files import digest_of, load_torch, load_weights, read_json
 
 HERE = Path(__file__).resolve().parent
 SD_V1 = HERE / "sd-v1"  # the configuration and the tokenizer of Stable Diffusion 1, which its .ckpt file lacks
@@ -38,6 +38,23 @@ def require_libraries():
     for library in diffusers, transformers:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def digests_of(path):
+    """The digests of the weights and settings of a pipeline or a CLIP, wherever it lies; of one by name, its name."""
+    files = [path] if path.is_file() else sorted(
+        file for ending in ("safetensors", "bin", "json") for file in path.rglob(f"*.{ending}"))
+    return [digest_of(file) for file in files] or str(path)
+
+
+def check_begun(saved, now, last):
+    """UserError unless the training `saved`, None for a new one, in the file `last` began with the files whose digests
+    the dict `now` holds; what it did not record is passed over."""
+    begun = saved["config"] if saved else {}
+    others = [name for name, digests in now.items() if begun.get(name, digests) != digests]
+    if others:
+        raise UserError(f"{last} began with other files than now ({', '.join(others)}); name or bring back those, or "
+                        "start anew in another --output_dir")
 
 
 def _loaded(function, path, what, **arguments):
@@ -233,6 +250,7 @@ def read_embeds(path):
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise UserError(f"there are no learnt embeddings {path}; train them with p6_personalize/train.py")
+        require_libraries()
         from safetensors.torch import load_file
         try:
             content = load_file(path)

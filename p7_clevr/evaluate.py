@@ -9,6 +9,8 @@
   features, as a ratio to its floor, that of as many real images with as many objects, averaged over ten draws. With
   fewer than 300 scenes it says little;
 - colours: means and standard deviations of red, green and blue over all pixels, beside those of the held-out images.
+
+Of lab6.sh's scenes with seed 0 the accuracies are 0.9444 and 0.9643, by the judge 0.9722 and 0.9643.
 """
 
 import sys

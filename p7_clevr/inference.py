@@ -7,7 +7,8 @@ Writes into out_dir, for the lab (for --labels alone 0.png ... 7.png and grid.pn
     images/test/0.png ... 31.png, images/new_test/0.png ...    a scene for each list of the conditions, in their order
     grid_test.png, grid_new_test.png                           the same, eight a row
     denoising.png                                              ["red sphere", "cyan cylinder", "cyan cube"] from noise
-and prints the evaluator's accuracies. The noise of a scene depends on --seed and its number alone.
+and prints the evaluator's accuracies, 0.9444 and 0.9643. The noise of a scene depends on --seed and its number alone.
+The lab takes 29 seconds on two CPU cores in float32.
 """
 
 import sys

@@ -27,7 +27,7 @@ from p1_ddpm.inference import Sampling, sampling_of
 from p1_ddpm.studies import as_text, markdown
 from p7_clevr.evaluate import Judge
 from p7_clevr.evaluator import CHECKPOINTS
-from p7_clevr.inference import add_scene_arguments, generate, load_guide, number_scenes
+from p7_clevr.inference import SHIPPED, add_scene_arguments, generate, load_guide, number_scenes
 from p7_clevr.model import load_model
 from p7_clevr.scenes import held_out_sets, official_sets, random_sets
 
@@ -49,7 +49,7 @@ TABLES = {
     "judged": [row for sets in ("test", "new_test") for row in each(sets, (0,), dict(scale=0.3))],
     "fidelity": each("real", (0,), {}),
 }
-DEFAULTS = dict(Sampling()._asdict(), scale=0.0, guide="evaluator", sets="test", seed=0, weights="ema")
+DEFAULTS = dict(SHIPPED._asdict(), scale=0.0, guide="evaluator", sets="test", seed=0, weights="ema")
 FLAGS = list(DEFAULTS)
 MEASURES = {"accuracy": 4, "judge": 4, "too_many": 3, "frechet": 3, "frechet_ratio": 2, "color_mean": 2, "color_std": 2,
             "seconds": 1}  # decimals
@@ -98,7 +98,8 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     check_output_file(args.output)
-    other_rows(args.output, "graders")  # a foreign file is told before the networks are read
+    for column in "graders", "channels":  # a foreign file is told before the networks are read
+        other_rows(args.output, column)
     lock(args.output.parent)  # two runs at once would overwrite each other's rows
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     checkpoint = load_checkpoint(args.checkpoint, "p7_clevr", ["metrics", "config"])

@@ -37,7 +37,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from files import check_output_file, read_jsonl, write_atomic
+from files import check_output_file, other_rows, read_jsonl, write_atomic
 from UNet import UNet
 
 
@@ -159,7 +159,7 @@ def main():
     rows = []
     if not args.quick:
         check_output_file(args.output)
-        rows = pd.read_csv(args.output).to_dict("records") if args.output.is_file() else []
+        rows = other_rows(args.output, "device").to_dict("records")
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     runs = [(*row, device) for row in commands(args.quick) if row[0][:2] in args.only for device in devices]
     with tempfile.TemporaryDirectory() as temporary:

@@ -2,7 +2,8 @@
 
     python3 report/build.py --assignment dlcv2023_hw2      # its report.pdf, from hw2_data; half an hour on 2 CPU cores
     python3 report/build.py --faces FACES --attributes FILE --scenes DIR     # all four: 2020's needs CelebA's faces
-                                                           # 8001 to 9000 and attributes as well, 2024's i-CLEVR
+                                                           # 8001 to 9000 and attributes as well, 2024's i-CLEVR and
+                                                           # what p6_personalize/requirements.txt names
     python3 report/build.py --only p1                      # makes one part anew, takes the others as made last; where
                                                            # they never were, it writes report_p1.pdf
     python3 report/build.py --student_id r12345678         # assignments/dlcv2023_hw2/hw2_r12345678.pdf
@@ -34,6 +35,7 @@ from PIL import Image
 
 from faces import face_source
 from files import make_output_dir, write_atomic
+from p6_personalize.model import require_libraries
 from plots import FONT, FONT_DIR
 from report import p1, p1_domains, p2, p3, p3_pairs, p4, p5, p6, p7
 
@@ -162,6 +164,8 @@ def main():
                              ("p6", "scenes", args.scenes)):
         if part in parts and not path.exists():  # said before the half hour of other parts
             raise UserError(f"there is no {path}, which {part} needs; name it with --{flag}, or another --assignment")
+    if "p6" in parts:
+        require_libraries()
     for name in parts:
         make_part(name, folder, device, args)
     for name, assignment in wanted.items():

@@ -10,12 +10,12 @@ import torch
 
 from files import digest_of, load_checkpoint, read_jsonl
 from p1_ddpm.inference import visited_timesteps
-from p1_ddpm.studies import means
+from p1_ddpm.studies import as_text, means
 from p7_clevr.evaluator import Evaluator
 from p7_clevr.inference import SHIPPED, STRIP, generate, load_guide, number_scenes, strip_timesteps
 from p7_clevr.model import Level, load_model
 from p7_clevr.scenes import OBJECTS, multi_hot, official_sets
-from p7_clevr.studies import FLAGS, MEASURES, TABLES, graders, sets_of
+from p7_clevr.studies import DEFAULTS, FLAGS, MEASURES, TABLES, graders, sets_of
 from report.p1 import losses
 from transforms import as_input
 
@@ -70,11 +70,13 @@ def scene_grid(path, images, sets, misses, columns=8):
 # --- The studies --------------------------------------------------------------------------------
 
 def read_results(path, checkpoint):
-    """The rows of results.csv by the shipped graders about the file `checkpoint`, and, in the table "ablation", about
-    other networks; UserError when a table is missing."""
+    """The rows of results.csv by the shipped graders, with the settings of TABLES, about the file `checkpoint`, and, in
+    the table "ablation", about other networks; UserError when a table is missing."""
     rows = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
     judged = rows.graders == graders(path.parent / "evaluator.pth", path.parent)
-    rows = rows[judged & ((rows.checkpoint == digest_of(checkpoint)) | (rows.table == "ablation"))]
+    wanted = pd.DataFrame([dict(table=table, **as_text({**DEFAULTS, **changes}, FLAGS))
+                           for table, settings in TABLES.items() for changes in settings])
+    rows = rows[judged & ((rows.checkpoint == digest_of(checkpoint)) | (rows.table == "ablation"))].merge(wanted)
     lacking = [name for name in TABLES if name not in set(rows.table)]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)} for {checkpoint}; run p7_clevr/studies.py")

@@ -26,12 +26,18 @@ from p3_dann.methods import ALL_PAIRS, PAIRS, run_name
 from p3_dann.studies import shipped
 from p7_clevr import studies as scenes
 from report.benchmark import commands
+from report.p7 import read_results
 
 FIELD = re.compile(r"<!-- ([\w.]+) -->((?:(?!<!--).)*)<!-- -->", re.DOTALL)
 
 
 def mean_and_std(values, decimals):
     return f"{values.mean():.{decimals}f}" + (f" ± {values.std():.{decimals}f}" if len(values) > 1 else "")
+
+
+def as_name(text):
+    """A row's text as a part of a field's name."""
+    return re.sub(r"[^a-z0-9]+", "_", text).strip("_")
 
 
 def p1_numbers():
@@ -103,19 +109,23 @@ def p5_numbers():
 
 
 def p6_numbers():
-    """2024's problem 3 in the tiny world: percentages by table and row, such as p6.concepts.new1.objects."""
+    """2024's problem 3 in the tiny world: percentages by table and row, such as p6.concepts.new1.objects, and of how
+    many images, such as p6.concepts.new1.images."""
     rows = pd.read_csv(ROOT / "p6_personalize/checkpoints/results.csv")
-    return {f"p6.{row.table}.{re.sub(r'[^a-z0-9]+', '_', row.row).strip('_')}.{column}": f"{row[column]:.1f}"
-            for _, row in rows.iterrows() for column in ("objects", "all_objects", "look") if pd.notna(row[column])}
+    decimals = dict(objects=1, all_objects=1, look=1, images=0)
+    return {f"p6.{row.table}.{as_name(row.row)}.{column}": f"{row[column]:.{digits}f}"
+            for _, row in rows.iterrows() for column, digits in decimals.items() if pd.notna(row[column])}
 
 
 def p7_numbers():
-    """NYCU's lab 6: per cents and Frechet ratios over the seeds by table and sets, such as p7.seeds.test.accuracy; what
-    the graders find in held-out pictures, such as p7.judge; and minutes of the trainings."""
+    """NYCU's lab 6: per cents and Frechet ratios over the seeds by table and sets, such as p7.seeds.test.accuracy; of
+    other networks, such as p7.ablation.48_96_192_multi_hot_cosine_shift_3_16; what the graders find in held-out
+    pictures, such as p7.judge; and minutes of the trainings."""
     checkpoints = ROOT / "p7_clevr/checkpoints"
-    rows = pd.read_csv(checkpoints / "results.csv", dtype={"checkpoint": str})
-    rows = rows[rows.checkpoint == digest_of(checkpoints / "scenes.pt")]
-    numbers = {}
+    rows = read_results(checkpoints / "results.csv", checkpoints / "scenes.pt")
+    ablation = rows[(rows.table == "ablation") & (rows.guidance == str(scenes.DEFAULTS["guidance"]))]
+    numbers = {f"p7.ablation.{as_name(f'{row.channels} {row.condition} {row.schedule} {row.epochs}')}":
+               f"{100 * row.accuracy:.2f}" for _, row in ablation.iterrows()}
     for (table, sets), group in rows[rows.table.isin(["seeds", "judged", "fidelity"])].groupby(["table", "sets"]):
         for name, decimals in scenes.MEASURES.items():
             percent = name in ("accuracy", "judge", "too_many")

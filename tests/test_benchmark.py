@@ -64,6 +64,16 @@ def test_rows_of_the_same_commands_are_replaced(tiny, monkeypatch):
     assert row.alone_s >= 0 and row.peak_mib > 1 and row.threads >= 1 and row.torch == benchmark.torch.__version__
 
 
+@pytest.mark.parametrize("content", ["", "name,count\n1,2\n"])
+def test_a_foreign_file_of_results_is_told_before_anything_runs(tiny, monkeypatch, content):
+    tiny.write_text(content)
+    monkeypatch.setattr(benchmark, "make_inputs", None)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--output", str(tiny)])
+    with pytest.raises(UserError, match="results.csv is no table with a column device"):
+        benchmark.main()
+    assert tiny.read_text() == content
+
+
 def test_a_quick_run_prints_and_writes_nothing(tiny, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--output", str(tiny)])
     benchmark.main()

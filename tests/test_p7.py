@@ -27,7 +27,7 @@ from p1_ddpm.inference import Sampling
 from p7_clevr import evaluate, guidance, inference, scenes, studies, train, train_evaluator
 from p7_clevr.evaluator import NETWORKS, Encoder, Evaluator, load_grader, top_k_hits
 from p7_clevr.model import SceneUNet, load_model, scene_schedule
-from report import build, p7
+from report import build, p7, readme
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(channels=[8, 8], condition="tokens", patch=8)
@@ -721,9 +721,11 @@ def test_a_study_measures_each_setting_once(shipped, evaluator_file, data_dir, c
     assert len(measured) == 6 and "±" not in capsys.readouterr().out
     with pytest.raises(SystemExit):  # every row has a seed of its own
         call(studies, *flags, "--seed", 1)
-    (tmp_path / "results.csv").write_text("table,accuracy\nfive,1\n")
-    with pytest.raises(UserError, match="results.csv is no table"):
-        call(studies, *flags)
+    monkeypatch.setattr(studies, "load_model", None)  # told before the networks are read
+    for columns in "table,accuracy", "table,graders":  # the latter are p1_ddpm's
+        (tmp_path / "results.csv").write_text(f"{columns}\nfive,1\n")
+        with pytest.raises(UserError, match="results.csv is no table"):
+            call(studies, *flags)
 
 
 def test_graders_are_all_files_that_judge_or_guide(tmp_path):
@@ -826,8 +828,17 @@ def test_the_report_shows_every_figure_and_the_numbers_of_the_records(chapter, t
     assert len({row["checkpoint"] for row in numbers["tables"]["ablation"]}) == 6  # others stand in no other table
     assert [(level["way"], level["side"]) for level in numbers["levels"]] == [
         ("down", 8), ("down", 4), ("up", 4), ("up", 8)]
-    rows = studies.pd.read_csv(chapter / "results.csv").query("table != 'classifier'")
-    rows.to_csv(chapter / "results.csv", index=False)
+    rows = studies.pd.read_csv(chapter / "results.csv")
+    others = [rows.assign(**other, accuracy=-1) for other in (dict(guidance=9.0), dict(graders="00000000"))]
+    studies.pd.concat([rows, *others]).to_csv(chapter / "results.csv", index=False)
+    assert len(p7.read_results(chapter / "results.csv", chapter / "scenes.pt")) == len(rows)
+    monkeypatch.setattr(readme, "ROOT", tmp_path / "chapters")
+    told = readme.p7_numbers()
+    assert told["p7.seeds.test.accuracy"] == readme.mean_and_std(100 * rows.query(
+        "table == 'seeds' and sets == 'test'").accuracy, 1) and told["p7.seeds.test.count"] == "5"
+    [multi_hot] = rows.query("table == 'ablation' and condition == 'multi_hot' and guidance == 2").accuracy
+    assert told["p7.ablation.48_96_192_multi_hot_cosine_shift_3_16"] == f"{100 * multi_hot:.2f}"
+    rows.query("table != 'classifier'").to_csv(chapter / "results.csv", index=False)
     with pytest.raises(UserError, match="lacks classifier for"):
         build.main()
 

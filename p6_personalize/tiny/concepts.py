@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 from utils import UserError, argument_parser, nonempty_path, run
 
@@ -49,8 +49,9 @@ def different(images, count=5):
 
 def main():
     parser = argument_parser(__doc__)
-    parser.add_argument("--data_dir", type=nonempty_path, default=HERE.parents[1] / "iclevr", help="the images")
-    parser.add_argument("--output_dir", type=nonempty_path, default=HERE / "concepts", help="where the concepts go")
+    parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="the images")
+    parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p6_personalize/tiny/concepts",
+                        help="where the concepts go")
     args = parser.parse_args()
     images, sets = read_world(args.data_dir, "held_out")
     scenes = [apply(UNSEEN_LOOK, image) for image, names in zip(images, sets) if len(names) == 2]

@@ -10,6 +10,9 @@ one that an image is in is undone first. Rows of other tables stay in --output. 
     judge       what the judge finds in real images
     prompts     named objects that generated images show, images that show all of theirs, images in the look
     concepts    the same of the held-out object and look, before and after textual inversion
+
+Of prompts of one object the shipped pipeline shows 100 %, of those of two 88.7 %; the new word for the held-out object
+shows it in 100 %, that for the look in none.
 """
 
 import random
@@ -28,7 +31,7 @@ from torchvision.transforms.functional import to_pil_image
 from files import check_output_file, other_rows, write_atomic
 from p6_personalize.evaluate import CONCEPTS, read_references, scores
 from p6_personalize.inference import EMBEDS
-from p6_personalize.model import CLIP, PIPELINE, Clip, add_embeds, generate, load_pipeline
+from p6_personalize.model import CLIP, PIPELINE, Clip, add_embeds, generate, load_pipeline, read_embeds
 from p6_personalize.prompts import ENSEMBLE, PROMPT, read_requests
 from p6_personalize.tiny.concepts import SHOWN
 from p6_personalize.tiny.scenes import (SEEN, SEEN_LOOKS, UNSEEN_LOOK, UNSEEN_OBJECT, all_sets, apply, caption,
@@ -188,6 +191,9 @@ def main():
         other_rows(args.output, "table")  # a foreign file is told before anything is drawn
     device = pick_device(args.device)
     clip = Clip(args.clip, device)
+    if "concepts" in args.tables:
+        for path in args.embeds:  # before anything is drawn
+            read_embeds(path)
     real, real_sets = read_world(args.data_dir, "held_out")
     unseen, unseen_sets = read_world(args.data_dir, unseen=True)
     images, sets = torch.cat([real, unseen]), real_sets + unseen_sets
@@ -203,14 +209,14 @@ def main():
         studio = Studio(load_pipeline(args.checkpoint, device, amp_dtype("auto", device)), judge, real, args.steps,
                         args.guidance)
         tables.update(prompts=lambda: studio.prompts(ones, pairs), concepts=lambda: studio.concepts(ones, args.embeds))
-    rows = []
     for table in args.tables:
+        rows = []
         for row, numbers in tables[table]():
             print(f"{table}, {row}: {', '.join(f'{name} {value}' for name, value in numbers.items())}", flush=True)
             rows.append(dict(table=table, row=row, **numbers))
-    if args.output:
-        rows = pd.concat([other_rows(args.output, "table", args.tables), pd.DataFrame(rows)])
-        write_atomic(args.output, rows.to_csv(index=False).encode())
+        if args.output:
+            rows = pd.concat([other_rows(args.output, "table", [table]), pd.DataFrame(rows)])
+            write_atomic(args.output, rows.to_csv(index=False).encode())
 
 
 if __name__ == "__main__":

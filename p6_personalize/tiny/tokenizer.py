@@ -14,8 +14,8 @@ import re
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 from utils import UserError, argument_parser, nonempty_path, run
 
@@ -89,7 +89,8 @@ def cut(merges, words=WORDS):
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("merges", type=nonempty_path, help="bpe_simple_vocab_16e6.txt.gz")
-    parser.add_argument("--output_dir", type=nonempty_path, default=HERE / "tokenizer", help="the cut one's folder")
+    parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p6_personalize/tiny/tokenizer",
+                        help="the cut one's folder")
     parser.add_argument("--sd_v1", type=nonempty_path, help="a folder for the whole one as well")
     args = parser.parse_args()
     merges = read_merges(args.merges)

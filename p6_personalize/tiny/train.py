@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import training
 from p6_personalize.inversion import diffusion_loss
-from p6_personalize.model import require_libraries
+from p6_personalize.model import check_begun, digests_of, require_libraries
 from p6_personalize.tiny.scenes import caption, read_world, with_looks
 from transforms import as_input, random_affine
 
@@ -60,7 +60,7 @@ class ClipPart(nn.Module):
     """CLIP: images and captions that belong together are near each other (Radford et al. 2021, figure 3)."""
 
     defaults = dict(epochs=40, batch_size=128, lr=1e-3, warmup=200, weight_decay=0.1, ema=0.998, save_every=140)
-    optimizer = "adamw"
+    optimizer, needs = "adamw", ()
     width, layers = 128, (3, 4)  # of text and image
 
     def __init__(self, folder):
@@ -105,7 +105,7 @@ class AutoencoderPart(nn.Module):
     """The KL autoencoder of Rombach et al. 2022, without its adversary: 64x64 pixels are 16x16 latents of 4 values."""
 
     defaults = dict(epochs=3, batch_size=32, lr=1e-3, warmup=100, weight_decay=0.01, ema=0.998, save_every=250)
-    optimizer = "muon"
+    optimizer, needs = "muon", ()
     widths = 32, 32, 64  # at 64x64, 32x32 and 16x16
 
     def __init__(self, folder):
@@ -138,7 +138,7 @@ class PipelinePart(nn.Module):
     """Latent diffusion; the UNet and CLIP's text tower train together (Rombach et al. 2022, section 3.3)."""
 
     defaults = dict(epochs=8, batch_size=64, lr=8e-4, warmup=300, weight_decay=0.01, ema=0.999, save_every=250)
-    optimizer = "muon"
+    optimizer, needs = "muon", ("clip", "autoencoder")
     widths, groups = (64, 128), 32  # at 16x16 and 8x8; of the normalisation
     repeats = {1: 1, 2: 3}  # how often an epoch shows a scene of so many objects: two are harder to learn
 
@@ -147,7 +147,7 @@ class PipelinePart(nn.Module):
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         from diffusers.models.attention_processor import AttnProcessor
         from transformers import CLIPTextModel
-        for name in ("clip", "autoencoder"):
+        for name in self.needs:
             if not (folder / name / "model/config.json").is_file():
                 raise UserError(f"there is no {folder / name / 'model'}; train the part {name} first")
         self.captions, self.frozen = Captions(), [AutoencoderKL.from_pretrained(
@@ -193,7 +193,7 @@ PARTS = {"clip": ClipPart, "autoencoder": AutoencoderPart, "pipeline": PipelineP
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parts = parser.add_subparsers(dest="part", required=True)
+    parts = parser.add_subparsers(dest="part", required=True, help="what to train")
     for name, part in PARTS.items():
         one = parts.add_parser(name, help=part.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         one.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
@@ -211,17 +211,17 @@ def main():
     training.seed_all(args.seed)
     model = PARTS[args.part](folder)
     process, saved = training.start(args, f"p6_personalize_{args.part}")
+    config = {name: digests_of(folder / name / "model") for name in model.needs}
+    check_begun(saved, config, args.output_dir / "last.pt")
     images, sets, looks = with_looks(*read_world(args.data_dir, "generator"))
-    inputs = model.read(images[:16 if args.dry_run else None], list(zip(sets, looks)), process.device)
+    inputs = model.read(images[:16 * process.count if args.dry_run else None], list(zip(sets, looks)), process.device)
     per_epoch = training.steps_per_epoch(len(inputs), args.batch_size)
     total = args.epochs * per_epoch
 
     parts = training.make_parts(model.to(process.device), training.make_optimizers(model, args), process, saved)
     network = training.distribute(model, process)
     metrics, means = saved["metrics"] if saved else [], training.Means()
-    if process.rank == 0:
-        print(f"{len(inputs)} images, {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps of "
-              f"{args.batch_size}, {per_epoch} an epoch, on {process.device}", flush=True)
+    training.announce(f"{len(inputs)} images", process, total, model)
     for step in training.steps(args, process, saved, total):
         batch = training.batch_indices(step, len(inputs), args, process)
         random.seed(int(torch.randint(2**31, ())))
@@ -234,7 +234,7 @@ def main():
             training.log(metrics, means, step, per_epoch, args, parts, process)
             if process.rank == 0:
                 parts.ema.save(args.output_dir / "model", inputs)
-                training.save_training(args.output_dir, parts, step, kind=f"p6_personalize_{args.part}", config={},
+                training.save_training(args.output_dir, parts, step, kind=f"p6_personalize_{args.part}", config=config,
                                        recipe=training.recipe(args), metrics=metrics)
 
 
