@@ -60,15 +60,29 @@ def velocity(x0, t, noise, alphas_cumprod):
     return alpha_bar.sqrt().to(x0.dtype) * noise - (1 - alpha_bar).sqrt().to(x0.dtype) * x0
 
 
-def ddpm_loss(model, x0, condition, null, alphas_cumprod, label_drop=0.1):
+def draw_timesteps(count, timesteps, logit_normal=0.0, device="cpu"):
+    """t (count,) in 1 ... `timesteps`, uniform; a share `logit_normal` of them logit-normal instead.
+
+    These lie around the middle, where the shape of what an image shows is decided (Esser et al. 2024, arXiv 2403.03206,
+    section 3.1): sigmoid(0.4 + z) of the range for standard normal z.
+    """
+    t = torch.randint(1, timesteps + 1, (count,), device=device)
+    if logit_normal:
+        middle = 1 + (timesteps * torch.sigmoid(0.4 + torch.randn(count, device=device))).long()
+        t = torch.where(torch.rand(count, device=device) < logit_normal, middle.clamp(max=timesteps), t)
+    return t
+
+
+def ddpm_loss(model, x0, condition, null, alphas_cumprod, label_drop=0.1, logit_normal=0.0):
     """Algorithm 1 with label dropping (Ho & Salimans 2022, Algorithm 1), in terms of v.
 
     The network predicts v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x_0 (Salimans & Ho 2022, appendix D). Its squared
     error is that of eps divided by alpha-bar, so the noisy timesteps, which decide about an image's shape, count for
     more than in the plain loss, whose sum is nearly all texture. `label_drop` is the share of images whose whole
-    condition becomes `null`. Returns (t, loss), both (B,): the timesteps and each image's mean squared error of v.
+    condition becomes `null`; `logit_normal` is draw_timesteps'. Returns (t, loss), both (B,): the timesteps and each
+    image's mean squared error of v.
     """
-    t = torch.randint(1, len(alphas_cumprod), (len(x0),), device=x0.device)
+    t = draw_timesteps(len(x0), len(alphas_cumprod) - 1, logit_normal, x0.device)
     noise = torch.randn_like(x0)
     dropped = torch.rand(len(x0), device=x0.device) < label_drop
     condition = torch.where(per_image(dropped, condition), null, condition)

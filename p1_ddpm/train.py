@@ -49,6 +49,8 @@ def parse_args():
     parser.add_argument("--sample_every", type=int_between(1), default=5, help="checkpoints between sample grids")
     parser.add_argument("--label_drop", type=float_between(0, 1), default=0.1,
                         help="share of labels dropped for classifier-free guidance")
+    parser.add_argument("--logit_normal", type=float_between(0, 1), default=0.0,
+                        help="share of timesteps drawn around the middle of the schedule")
     model = parser.add_argument_group("model")
     model.add_argument("--channels", type=int_between(8), nargs=2, default=[96, 192],
                        help="widths at 14x14 and 7x7, multiples of 8")
@@ -89,7 +91,8 @@ def main():
         batch = training.batch_indices(step, len(images), args, process)
         x0, y = as_input(images[batch]), labels[batch]
         with autocast(device, process.dtype):
-            t, loss = ddpm_loss(parallel, x0, y, model.null(y), alphas_cumprod, args.label_drop)
+            t, loss = ddpm_loss(parallel, x0, y, model.null(y), alphas_cumprod, args.label_drop,
+                                args.logit_normal)
         training.update(parts, loss.mean(), training.warmup_cosine(step, total, args.warmup),
                         training.ema_decay(args.ema, step))
         means.add(loss=loss)

@@ -100,6 +100,19 @@ def test_loss_is_algorithm_1_and_conditions_are_dropped_whole_at_the_given_rate(
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=error)
 
 
+def test_timesteps_are_uniform_or_logit_normal():
+    torch.manual_seed(0)
+    count, bins = 100_000, 10
+    for share in (0.0, 0.5, 1.0):
+        t = diffusion.draw_timesteps(count, 1000, share)
+        assert t.dtype == torch.int64 and 1 <= t.min() and t.max() <= 1000
+        edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+        below = torch.special.ndtr(torch.special.logit(edges) - 0.4)  # how likely a logit-normal is below each edge
+        expected = (1 - share) / bins + share * below.diff()
+        found = torch.bincount((t - 1) * bins // 1000, minlength=bins) / count
+        assert ((found - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 2e-4).all()  # t is whole
+
+
 def test_the_loss_of_a_perfect_network_is_zero():
     torch.manual_seed(0)
     alphas_cumprod = diffusion.noise_schedule("cosine")
