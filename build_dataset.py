@@ -42,6 +42,7 @@ from dataset import read_rgb, some
 from files import lock, make_output_dir
 
 BSDS500_URL = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz"
+PHOTOGRAPH_ARCHIVES, PHOTOGRAPHS = ("*bsds500*.tgz", "*bsds500*.tar.gz", "*bsds500*.tar"), "images/train/[0-9]*.jpg"
 
 
 # --- Formats of the public files ----------------------------------------------------------------
@@ -99,7 +100,7 @@ def read_tar(path):
     """BSDS500's training photographs in an archive, {file name: uint8 (H, W, 3)}."""
     with tarfile.open(path) as tar:
         return {Path(member.name).name: np.asarray(Image.open(tar.extractfile(member)).convert("RGB"))
-                for member in tar if Path(member.name).match("images/train/[0-9]*.jpg")}
+                for member in tar if Path(member.name).match(PHOTOGRAPHS)}
 
 
 def read(path, reader):
@@ -182,11 +183,11 @@ def read_svhn(source_dir):
 
 def read_photographs(source_dir):
     """BSDS500's training photographs, a list of uint8 (H, W, 3) sorted by file name."""
-    archive = find(source_dir, "*bsds500*.tgz", "*bsds500*.tar.gz", "*bsds500*.tar")
+    archive = find(source_dir, *PHOTOGRAPH_ARCHIVES)
     if archive:
         photographs = read(archive, read_tar)
     else:
-        files = find_all(source_dir, "images/train/[0-9]*.jpg")
+        files = find_all(source_dir, PHOTOGRAPHS)
         photographs = {file.name: np.asarray(read_rgb(file)) for file in files}
     if not photographs:
         raise missing(source_dir, f"BSDS500's training photographs ({BSDS500_URL})", "bsds")
@@ -209,21 +210,21 @@ def download(source_dir, domain):
     from torch.hub import download_url_to_file
     from torchvision import datasets
 
-    def by_hand(*patterns, theirs=()):
-        """Whether a file is there that fits a pattern and is not `theirs`, where torchvision looks for its own."""
+    theirs = {"MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-images-idx3-ubyte.gz", "usps.bz2",
+              "train_32x32.mat", "test_32x32.mat"}  # where torchvision looks for its own, and fetches what is missing
+
+    def by_hand(*patterns):
         return any(file.relative_to(source_dir).as_posix() not in theirs for file in find_all(source_dir, *patterns))
 
-    mnist, mats = ("MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-images-idx3-ubyte.gz"), [
-        f"{split}_32x32.mat" for split in ("train", "test")]
     steps = {
         "mnistm": {
-            "MNIST": lambda: (by_hand("train-images[-.]idx3-ubyte", "train-images[-.]idx3-ubyte.gz", theirs=mnist)
+            "MNIST": lambda: (by_hand("train-images[-.]idx3-ubyte", "train-images[-.]idx3-ubyte.gz")
                               or datasets.MNIST(source_dir, download=True)),
-            "BSDS500": lambda: (by_hand("*bsds500*.tgz", "*bsds500*.tar.gz", "*bsds500*.tar", "images/train/[0-9]*.jpg")
+            "BSDS500": lambda: (by_hand(*PHOTOGRAPH_ARCHIVES, PHOTOGRAPHS)
                                 or download_url_to_file(BSDS500_URL, Path(source_dir) / "BSR_bsds500.tgz"))},
-        "svhn": {"SVHN": lambda: (by_hand("*_32x32*.mat", theirs=mats)
+        "svhn": {"SVHN": lambda: (by_hand("*_32x32*.mat")
                                   or [datasets.SVHN(source_dir, split, download=True) for split in ("train", "test")])},
-        "usps": {"USPS": lambda: (by_hand("usps", "usps.bz2", theirs=["usps.bz2"])
+        "usps": {"USPS": lambda: (by_hand("usps", "usps.bz2")
                                   or [datasets.USPS(source_dir, train, download=True) for train in (True, False)])}}
     for name, step in steps[domain].items():
         try:

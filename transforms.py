@@ -1,4 +1,4 @@
-"""Whole batches of images at once, on the device where they are: as input, and random changes, each image its own.
+"""Whole batches of images where they are: as input and back, and random changes, each image its own.
 
 The random numbers are PyTorch's, of the device's default generator.
 """
@@ -12,6 +12,11 @@ import torch.nn.functional as F
 def as_input(images):
     """Pixels of uint8 images, 0..255, as the networks take them: float in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float images in [0, 1] to uint8 0..255, rounded to nearest as torchvision's save_image does."""
+    return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
 def uniform(low, high, count, device):

@@ -1,4 +1,4 @@
-"""A script's manners: the user's mistakes, argument types, devices and precision, randomness, images.
+"""A script's manners: the user's mistakes, argument types, devices and precision, randomness.
 
 Nothing here knows about digits, faces or domains. Scripts import this before torch, see startup.py.
 """
@@ -16,6 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED")  # CUDA's word, or the CPU's
 
 
 def beta_scheduler(n_timestep=1000, linear_start=1e-4, linear_end=2e-2):
@@ -78,14 +81,15 @@ def run(main):
                 main()
             except SystemExit as stop:  # argparse's, and what a script says by its status
                 status = stop.code or 0
+            except RuntimeError as error:
+                if not OUT_OF_MEMORY.search(str(error)):
+                    raise
+                raise UserError(f"{str(error).splitlines()[0]}; try a smaller --batch_size")
             sys.stdout.flush()
             if sys.stdout.error:
                 raise sys.stdout.error
-        except (UserError, OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not out_of_memory(error):
-                raise
-            hint = "; try a smaller --batch_size" * isinstance(error, RuntimeError)
-            print(f"{Path(sys.argv[0]).name}: error: {error}".splitlines()[0] + hint, file=sys.stderr)
+        except (UserError, OSError) as error:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
             status = 2
         except KeyboardInterrupt:
             print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -180,11 +184,6 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
 
-def out_of_memory(error):
-    """Whether a RuntimeError is torch.cuda.OutOfMemoryError or the CPU allocator's."""
-    return re.search("out of memory|not enough memory|allocate memory|ALLOC_FAILED", str(error)) is not None
-
-
 def in_batches(function, items, batch_size):
     """Yields (batch, function(batch)) over the list `items`; out of memory halves the batch and goes on."""
     start = 0
@@ -193,7 +192,7 @@ def in_batches(function, items, batch_size):
         try:
             result = function(batch)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not OUT_OF_MEMORY.search(str(error)):
                 raise
             if len(batch) == 1:
                 raise UserError(f"the memory does not hold a single image ({str(error).splitlines()[0]}); "
@@ -208,6 +207,15 @@ def in_batches(function, items, batch_size):
         print(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
 
 
+def require_finite(values, names):
+    """`values` (B, ...) as they are; UserError with the first of the B `names` whose values hold NaN or infinity."""
+    finite = values.flatten(1).isfinite().all(dim=1).tolist()
+    if not all(finite):
+        raise UserError(f"{names[finite.index(False)]} comes out as NaN: the weights are broken, or a precision "
+                        "that --amp has chosen is too low for them; try another --checkpoint")
+    return values
+
+
 # --- Randomness ---------------------------------------------------------------------------------
 
 def image_generators(seed, indices):
@@ -219,19 +227,3 @@ def randn(generators, shape, device="cpu"):
     """Standard normal float32 tensor of shape (len(generators), *shape), one generator per image."""
     noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
     return torch.from_numpy(noise).to(device)
-
-
-# --- Images -------------------------------------------------------------------------------------
-
-def to_uint8(images):
-    """Float images in [0, 1] to uint8 0..255, rounded to nearest as torchvision's save_image does."""
-    return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8)
-
-
-def require_finite(values, names):
-    """`values` (B, ...) as they are; UserError with the first of the B `names` whose values hold NaN or infinity."""
-    finite = values.flatten(1).isfinite().all(dim=1).tolist()
-    if not all(finite):
-        raise UserError(f"{names[finite.index(False)]} comes out as NaN: the weights are broken, or a precision "
-                        "that --amp has chosen is too low for them; try another --checkpoint")
-    return values

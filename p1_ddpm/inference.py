@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, float_between, image_generators, in_batches,
-                   int_between, nonempty_path, pick_device, randn, require_finite, run, to_uint8)
+                   int_between, nonempty_path, pick_device, randn, require_finite, run)
 
 import torch
 from torchvision.utils import make_grid
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from files import load_checkpoint, make_output_dir, save_png
 from p1_ddpm.diffusion import SAMPLERS, SPACINGS, guided_predictor
 from p1_ddpm.model import load_model
+from transforms import to_uint8
 
 CHECKPOINT = ROOT / "p1_ddpm/checkpoints/ddpm.pt"
 

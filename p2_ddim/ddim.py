@@ -11,7 +11,8 @@ import math
 
 import torch
 
-from utils import beta_scheduler, randn, to_uint8
+from transforms import to_uint8
+from utils import beta_scheduler, randn
 
 T = 1000
 

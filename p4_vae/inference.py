@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import (UserError, argument_parser, float_between, image_generators, in_batches, int_between, nonempty_path,
-                   pick_device, require_finite, run, to_uint8)
+                   pick_device, require_finite, run)
 
 import torch
 
@@ -26,6 +26,7 @@ from files import make_output_dir
 from p4_vae.elbo import squared_errors
 from p4_vae.latents import sample_prior
 from p4_vae.model import CHECKPOINT, load_model
+from transforms import to_uint8
 
 
 @torch.no_grad()

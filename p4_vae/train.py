@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import (UserError, argument_parser, autocast, float_between, image_generators, int_between, nonempty_path,
-                   randn, run, to_uint8)
+                   randn, run)
 
 import argparse
 
@@ -33,7 +33,7 @@ from faces import add_arguments, read_attributes, read_faces, split_faces
 from p4_vae.elbo import D, automatic_beta, kl_divergence, squared_errors
 from p4_vae.latents import attribute_directions, encode_all, fit_mixture
 from p4_vae.model import PIXELS, VAE
-from transforms import random_mirror
+from transforms import random_mirror, to_uint8
 
 
 # A mean over pixels has small gradients, of norm 0.001 to 0.002; one of norm 1 would steer Muon, which moves by the

@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import (UserError, argument_parser, image_generators, in_batches, int_between, nonempty_path, pick_device,
-                   randn, require_finite, run, to_uint8)
+                   randn, require_finite, run)
 
 import torch
 
 from faces import check_picture, save_faces
 from files import make_output_dir
 from p5_gan.model import CHECKPOINT, load_model
+from transforms import to_uint8
 
 
 @torch.no_grad()

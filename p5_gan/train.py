@@ -22,8 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, autocast, image_generators, int_between, nonempty_path, randn, run,
-                   to_uint8)
+from utils import UserError, argument_parser, autocast, image_generators, int_between, nonempty_path, randn, run
 
 import torch
 from torchvision.utils import make_grid
@@ -32,7 +31,7 @@ import training
 from faces import add_arguments, training_faces
 from p5_gan.losses import LOSSES
 from p5_gan.model import Discriminator, Generator
-from transforms import as_input, random_mirror
+from transforms import as_input, random_mirror, to_uint8
 
 
 def parse_args():

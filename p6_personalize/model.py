@@ -10,11 +10,12 @@ import pickle
 import types
 from pathlib import Path
 
-from utils import UserError, image_generators, in_batches, randn, require_finite, to_uint8
+from utils import UserError, image_generators, in_batches, randn, require_finite
 
 import torch
 
 from files import digest_of, load_torch, load_weights, read_json
+from transforms import to_uint8
 
 HERE = Path(__file__).resolve().parent
 SD_V1 = HERE / "sd-v1"  # the configuration and the tokenizer of Stable Diffusion 1, which its .ckpt file lacks

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import (UserError, argument_parser, float_between, image_generators, in_batches, int_between, nonempty_path,
-                   pick_device, randn, require_finite, run, to_uint8)
+                   pick_device, randn, require_finite, run)
 
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from p7_clevr.evaluator import CHECKPOINTS, Evaluator, load_grader
 from p7_clevr.guidance import algorithm_1, algorithm_2, clean_gradient, noisy_gradient
 from p7_clevr.model import load_model, scene_schedule
 from p7_clevr.scenes import CONDITIONS, check_objects, multi_hot, read_conditions
-from transforms import as_input
+from transforms import as_input, to_uint8
 
 CHECKPOINT = CHECKPOINTS / "scenes.pt"
 SHIPPED = Sampling(steps=30, guidance=2.0, interval=(0, 1000))  # the setting of lab6.sh

@@ -4,7 +4,7 @@ import json
 
 from files import digest_of, load_checkpoint, read_jsonl, save_png
 from plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEXT_WIDTH, VERMILION, image_grid, plt, save
-from utils import UserError, image_generators, randn, to_uint8
+from utils import UserError, image_generators, randn
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from p1_ddpm.evaluate import Judge, same_class_draw, summary
 from p1_ddpm.inference import SHIPPED, generate, sample
 from p1_ddpm.model import Attention, ResidualBlock, load_model
 from p1_ddpm.studies import DEFAULTS, FLAGS, TABLES, as_text, means, settings
+from transforms import to_uint8
 
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "Algorithm 2", "dpmpp": "DPM-Solver++"}
 STATES = (1000, 800, 600, 400, 200, 0)

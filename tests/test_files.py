@@ -12,7 +12,8 @@ import torchvision
 from PIL import Image
 
 import files
-from utils import UserError, to_uint8
+from transforms import to_uint8
+from utils import UserError
 
 
 # --- Writing ------------------------------------------------------------------------------------
