@@ -841,3 +841,7 @@ def test_the_committed_results_are_those_of_the_committed_checkpoints():
             found = rows[rows.table == table][studies.FLAGS].values.tolist()
             wanted = [list(studies.as_text(setting).values()) for setting in studies.settings(table, 1000)]
             assert sorted(found) == sorted(wanted), table
+    files = (*digit_classifier.CHECKPOINTS.values(), digit_classifier.PANEL)
+    described = rows[rows.table != "reference"]  # 40 minutes of the first graders'
+    assert set(described.graders) == {" ".join(map(digest_of, files))}
+    assert set(described.precision) == {"float32", "bfloat16"}
