@@ -105,12 +105,15 @@ def main():
     if args.amp == "auto" and dtype is None:
         print("--amp: this CPU has no bfloat16 units; going on in float32", file=sys.stderr)
     paths = find_noises(args.noise_dir)
-    model = load_model(args.checkpoint, device)
+    model, (height, width) = load_model(args.checkpoint, device), load_noise(paths[0]).shape[2:]
+    if model.size not in (None, height) or model.size not in (None, width):
+        print(f"{args.checkpoint} was trained on images of {model.size}x{model.size}; those of {width}x{height} that "
+              f"the noises in {args.noise_dir} give will hardly be faces", file=sys.stderr)
     output_dir = make_output_dir(args.output_dir)
     targets = [output_dir / f"{path.stem}.png" for path in paths]
     # Sampling noise is keyed by a file's place in the folder, so neither batch nor --skip_existing changes an image.
     todo = [i for i, target in enumerate(targets) if not (args.skip_existing and is_whole_png(target))]
-    batch_size = args.batch_size or max(1, PIXELS // load_noise(paths[0])[0, 0].numel())
+    batch_size = args.batch_size or max(1, PIXELS // (height * width))
 
     def generate(batch):
         noise = torch.cat([load_noise(paths[i]) for i in batch]).to(device)

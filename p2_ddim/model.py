@@ -9,7 +9,8 @@ FREQUENCIES = "time.0.inv_freq"
 
 
 def load_model(path, device="cpu"):
-    """The UNet whose weights `path` holds, in evaluation mode; its width follows from the weights.
+    """The UNet whose weights `path` holds, in evaluation mode; its width follows from the weights. `size` is the side of
+    the images it was trained on, where the file says so, else None.
 
     Takes the course's UNet.pt, files of train.py, and what others have wrapped in their own ways (files.find_weights).
     UserError for anything else.
@@ -27,6 +28,8 @@ def load_model(path, device="cpu"):
     if FREQUENCIES not in weights or weights[FREQUENCIES].dtype in (torch.float16, torch.bfloat16):
         weights[FREQUENCIES] = model.time[0].inv_freq
     load_weights(model, weights, path)
+    ours = isinstance(content, dict) and content.get("kind") == "p2_ddim"
+    model.size = content.get("config", {}).get("size") if ours else None
     # With channels last a CPU is faster.
     layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
     return model.to(device, memory_format=layout).eval()

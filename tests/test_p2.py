@@ -410,6 +410,15 @@ def test_wrapper_generates_one_image_for_each_noise(tmp_path, noises, unet_pt):
     assert "no checkpoint gone.pt" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_noises_of_another_size_than_the_network_was_trained_on_are_told(tmp_path, noises, monkeypatch, capsys):
+    for size, told in ((32, False), (64, True)):
+        files.save_checkpoint(tmp_path / f"{size}.pt", kind="p2_ddim", config=dict(channel=4, size=size),
+                              ema=narrow_weights())
+        run_inference(monkeypatch, noises, tmp_path / f"of {size}", tmp_path / f"{size}.pt", "--steps", 1)
+        assert ("trained on images of 64x64; those of 32x32" in capsys.readouterr().err) == told
+        assert len(read_pngs(tmp_path / f"of {size}")) == 4
+
+
 def test_flags_set_an_image_but_batch_size_and_interruption_do_not(tmp_path, noises, unet_pt, monkeypatch):
     batches = []
 
