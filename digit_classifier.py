@@ -189,7 +189,7 @@ def fit(model, optimizer, splits, epochs, seed, change=lambda x: x, scheduler=No
                 scheduler.step()
             average(ema, model, ema_decay(decay, step))
         predicted = classify(ema, validation_images, images.device)[1]
-        accuracy = (predicted == validation_labels).float().mean().item()
+        accuracy = (predicted == validation_labels.cpu()).float().mean().item()
         print(f"epoch {epoch + 1}/{epochs}: loss of the last step {loss.item():.3f}, validation accuracy "
               f"{100 * accuracy:.2f} %, {time.time() - start:.0f} s", flush=True)
         if not math.isfinite(loss.item()):
@@ -252,10 +252,10 @@ def course_line(correct, total):
 def grade(args, device):
     """Prints the grade of --folder: 2023's line, or for the folders of two domains the three lines of 2024."""
     folders, accuracies = domain_folders(args.folder, args.domain), []
-    for domain, folder in folders.items():
-        model = load_classifier(args.checkpoint or CHECKPOINTS[domain], device)
-        images, labels = read_generated(folder, 100 // len(folders))
-        correct, total = (classify(model, images, device)[1] == labels).sum().item(), len(labels)
+    models = {domain: load_classifier(args.checkpoint or CHECKPOINTS[domain], device) for domain in folders}
+    generated = {domain: read_generated(folder, 100 // len(folders)) for domain, folder in folders.items()}
+    for domain, (images, labels) in generated.items():
+        correct, total = (classify(models[domain], images, device)[1] == labels).sum().item(), len(labels)
         accuracies.append(correct / total)
         print(course_line(correct, total) if len(folders) == 1 else
               f"{DOMAIN_NAMES[domain]} acc = {correct / total:.4f} (correct/total = {correct}/{total})")

@@ -1,6 +1,6 @@
 """Judges generated faces: are they found, do they look like faces as a whole, are they different people?
 
-    python3 -m pip install -r requirements-judges.txt                 # once; no other script needs these packages
+    python3 -m pip install -r requirements-judges.txt                 # once; only the studies of faces need these, too
     python3 face_grader.py FOLDER --data_dir first9000.zip squashed.zip:6-58
     python3 face_grader.py GRID.png --data_dir first9000.zip          # a picture of many faces, 64x64 each
 

@@ -27,6 +27,7 @@ from utils import UserError, nonempty_path
 
 SIZE = 64
 PADDING = 2  # black pixels around each face of a grid
+JPEG = (".jpg", ".jpeg")
 VALIDATION = range(8001, 9001)  # the faces that no train.py uses; numbers for which CelebA's attributes are known
 
 
@@ -134,10 +135,13 @@ def _number(name, source):
 
 # --- Pictures of many faces ---------------------------------------------------------------------
 
-def check_picture(path):
-    """UserError unless the file `path` can be written and is named as a PNG or a JPEG; makes its folder if need be."""
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg") and not is_stream(path):
+def check_picture(path, longest=1):
+    """UserError unless the file `path` can be written and is named as a PNG, or as a JPEG that has room for as many
+    images as `longest` in a row or a column; makes its folder if need be."""
+    if path.suffix.lower() not in (".png", *JPEG) and not is_stream(path):
         raise UserError(f"the picture {path} must end in .png or .jpg; name another file")
+    if path.suffix.lower() in JPEG and longest * (SIZE + PADDING) + PADDING > 65_500:
+        raise UserError(f"a JPEG has no room for {longest} images side by side; name a .png, or lower --count")
     check_output_file(path)
 
 
@@ -145,7 +149,7 @@ def save_grid(path, images, columns=8):
     """Writes uint8 images (N, 3, H, W) in rows of `columns` as one picture, a JPEG or else a PNG by the suffix."""
     pixels = make_grid(images, nrow=columns, padding=PADDING).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    if path.suffix.lower() in (".jpg", ".jpeg"):
+    if path.suffix.lower() in JPEG:
         Image.fromarray(pixels).save(buffer, format="JPEG", quality=95, subsampling=0)
     else:
         Image.fromarray(pixels).save(buffer, format="PNG")

@@ -150,9 +150,9 @@ def main():
         if labels.bincount().max() < 2:
             raise UserError(f"{folders[domain]} must hold several images of a digit, named such as 7_001.png and "
                             "7_002.png")
+    judges = {domain: Judge(args.data_dir, domain, args.checkpoint) for domain in generated}
     for domain, (images, labels) in generated.items():
-        print(f"{DOMAIN_NAMES[domain]}\n" * (len(folders) > 1)
-              + report(Judge(args.data_dir, domain, args.checkpoint)(images, labels)))
+        print(f"{DOMAIN_NAMES[domain]}\n" * (len(folders) > 1) + report(judges[domain](images, labels)))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@
     python3 p1_ddpm/studies.py --tables domains --checkpoint p1_ddpm/checkpoints/mnistm_svhn.pt   # of two domains
 
 Generates up to 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output, of several
-domains a line each. Settings of the same checkpoint, graders and precision that are in that file already are not
-measured again, so an interrupted study goes on; those by other graders or in another precision give way. Prints the
-tables as Markdown: mean and standard deviation where settings differ in the seed alone. On 2 CPU cores with AVX-512
-the table reference takes 40 minutes, the others together 40.
+domains a line each; --output p1_ddpm/checkpoints/results.csv changes the record of README and report. Settings of the
+same checkpoint, graders and precision that are in that file already are not measured again, so an interrupted study
+goes on; those by other graders or in another precision give way. Prints the tables as Markdown: mean and standard
+deviation where settings differ in the seed alone. On 2 CPU cores with AVX-512 the table reference takes 40 minutes, the
+others together 40.
 """
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -19,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (add_amp_argument, amp_dtype, argument_parser, int_between, nonempty_path, pick_device, run)
+from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, int_between, nonempty_path, pick_device,
+                   run)
 
 import pandas as pd
 import torch
@@ -27,7 +30,8 @@ import torch
 from digit_classifier import CHECKPOINTS, PANEL
 from files import check_output_file, digest_of, load_checkpoint, lock, other_rows, write_atomic
 from p1_ddpm.evaluate import Judge, summary
-from p1_ddpm.inference import SHIPPED, Sampling, add_sampling_arguments, domains_of, generate, sampling_of
+from p1_ddpm.inference import (SHIPPED, Sampling, add_sampling_arguments, domains_of, generate, sampling_of,
+                               visited_timesteps)
 from p1_ddpm.model import load_model
 
 
@@ -78,7 +82,7 @@ def parse_args():
     parser.add_argument("--tables", nargs="+", choices=TABLES,
                         default=[name for name in TABLES if name not in ("domains", "ema")],
                         help="which tables to make; domains needs a network of several, ema a last.pt")
-    parser.add_argument("--output", type=nonempty_path, default=ROOT / "p1_ddpm/checkpoints/results.csv",
+    parser.add_argument("--output", type=nonempty_path, default=ROOT / "p1_ddpm/output/results.csv",
                         help="the file of results")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--per_class", type=int_between(2, 999), default=DEFAULTS["per_class"],
@@ -95,6 +99,11 @@ def settings(table, timesteps, flags=DEFAULTS):
     return [dict(row, steps=min(row["steps"], timesteps)) for row in rows]
 
 
+def sampling_in(setting):
+    """The Sampling in the dict `setting`, which has other keys as well."""
+    return Sampling(**{flag: setting[flag] for flag in Sampling._fields})
+
+
 def as_text(setting, flags=FLAGS):
     """{flag: its value in the dict `setting` as results.csv spells it}."""
     return {flag: "{:g} to {:g}".format(*setting[flag]) if flag == "interval" else str(setting[flag]) for flag in flags}
@@ -106,7 +115,7 @@ def measure(model, alphas_cumprod, judges, setting, device, batch_size, dtype=No
     The seconds are those of all domains together.
     """
     numbers = [(label, number) for label in range(model.num_classes) for number in range(1, setting["per_class"] + 1)]
-    sampling = Sampling(**{flag: setting[flag] for flag in Sampling._fields})
+    sampling = sampling_in(setting)
     start = time.time()
     batches = generate(model, alphas_cumprod, numbers, sampling, setting["seed"], device, batch_size, dtype=dtype)
     images, labels = torch.cat([images for _, images, _ in batches]), torch.tensor([label for label, _ in numbers])
@@ -149,15 +158,23 @@ def main():
                  precision=str(dtype or torch.float32).removeprefix("torch."),
                  graders=" ".join(digest_of(path) for path in (*CHECKPOINTS.values(), PANEL)))
     flags = dict(sampling_of(args)._asdict(), seed=args.seed, weights=args.weights, per_class=args.per_class)
+    domains, tables = domains_of(args.checkpoint), {name: settings(name, len(alphas_cumprod) - 1, flags)
+                                                    for name in args.tables}
+    if "domains" in tables and len(domains) < 2:
+        raise UserError(f"--tables domains needs a network of several, and {args.checkpoint} is of {domains[0]} alone")
+    for setting in itertools.chain(*tables.values()):  # what does not fit together is told now
+        visited_timesteps(sampling_in(setting), alphas_cumprod)
+    for weights in sorted({setting["weights"] for setting in itertools.chain(*tables.values())}):
+        load_model(args.checkpoint, weights=weights)
     check_output_file(args.output)
-    other_rows(args.output, "table")  # a foreign file is told now
     lock(args.output.parent)  # two runs at once would overwrite each other's rows
-    judges = {domain: Judge(args.data_dir, domain) for domain in domains_of(args.checkpoint)}
-    rows = pd.read_csv(args.output, dtype=str).to_dict("records") if args.output.exists() else []
-    for name in args.tables:
-        for setting in settings(name, len(alphas_cumprod) - 1, flags):
+    rows = other_rows(args.output, "table", dtype=str).to_dict("records")
+    judges = {domain: Judge(args.data_dir, domain) for domain in domains}
+    for name in tables:
+        for setting in tables[name]:
             row = dict(about, **as_text(setting))
-            same = [old for old in rows if all(str(old.get(key)) == value for key, value in row.items())]
+            same = [old for old in rows if all(str(old.get(key)) == value for key, value in row.items())
+                    and not any(pd.isna(old[measure]) for measure in MEASURES)]
             if any(old["table"] == name for old in same):
                 continue
             measured = {old["domain"]: {key: old[key] for key in MEASURES} for old in same}  # another table may have it

@@ -9,8 +9,9 @@ FREQUENCIES = "time.0.inv_freq"
 
 
 def load_model(path, device="cpu"):
-    """The UNet whose weights `path` holds, in evaluation mode; its width follows from the weights. `size` is the side of
-    the images it was trained on, where the file says so, else None.
+    """The UNet whose weights `path` holds, in evaluation mode; its width follows from the weights.
+
+    Its attribute `size` is the side of the images it was trained on, where the file says so, else None.
 
     Takes the course's UNet.pt, files of train.py, and what others have wrapped in their own ways (files.find_weights).
     UserError for anything else.

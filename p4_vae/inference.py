@@ -107,6 +107,11 @@ def parse_args():
 
 def pictures(args, model, latents):
     """(uint8 images (N, 3, 64, 64), columns of their grid): what the flags ask for; prints what belongs to them."""
+    known = latents.get("attributes", {})
+    unknown = [name for name in args.attribute if name not in known]
+    if unknown:
+        raise UserError(f"the checkpoint {args.checkpoint} knows no attribute {unknown[0]}; it knows "
+                        f"{', '.join(known) or 'none'}")
     if args.walk or args.reconstruct:
         faces = test_faces([args.walk or args.reconstruct])
         count = 2 if args.walk else args.count or 10
@@ -116,11 +121,6 @@ def pictures(args, model, latents):
         faces = faces.take(slice(count))
         if args.walk:
             return walk(model, faces.images), 8
-        known = latents.get("attributes", {})
-        unknown = [name for name in args.attribute if name not in known]
-        if unknown:
-            raise UserError(f"the checkpoint {args.checkpoint} knows no attribute {unknown[0]}; it knows "
-                            f"{', '.join(known) or 'none'}")
         rows, errors = reconstruct(model, faces.images, [args.strength * known[name] for name in args.attribute],
                                    args.batch_size)
         for number, error in zip(faces.numbers.tolist(), errors.tolist()):
@@ -138,7 +138,7 @@ def main():
     if not (args.output_dir or args.grid):
         raise UserError("nothing would be written; name a folder for faces one by one, or --grid FILE")
     if args.grid:
-        check_picture(args.grid)
+        check_picture(args.grid, args.count or 10 if args.reconstruct else (args.count or 32) // 8)
     model, latents = load_model(args.checkpoint, pick_device(args.device))
     if args.output_dir:
         make_output_dir(args.output_dir)

@@ -23,7 +23,7 @@ import numpy as np
 import plots
 from face_grader import Judge, add_study_arguments, study
 from faces import attributes_of, read_attributes
-from files import load_checkpoint, make_output_dir
+from files import digest_of, load_checkpoint, make_output_dir
 from p4_vae.evaluate import evaluate
 from p4_vae.inference import generate
 from p4_vae.latents import encode_all
@@ -60,8 +60,9 @@ def measure(folder, beta, judge, count):
     for prior, mixture in (("normal", None), ("fitted", latents["mixture"])):
         measures, _ = judge(generate(model, range(count), 0, mixture))
         values = dict(measures, mse=mse, kl=kl)
-        rows.append(dict(beta=beta, prior=prior, count=count, **{name: round(values[name], decimals) for name, decimals
-                                                                 in MEASURES.items() if name in values}))
+        rows.append(dict(beta=beta, prior=prior, checkpoint=digest_of(folder / "model.pt"), count=count,
+                         **{name: round(values[name], decimals) for name, decimals in MEASURES.items()
+                            if name in values}))
     return rows
 
 

@@ -1,7 +1,7 @@
 """Trains the variational autoencoder of problem 1 on faces.
 
     python3 p4_vae/train.py --data_dir first9000.zip squashed.zip:6-58 --attributes list_attr_celeba.txt
-    python3 p4_vae/train.py --data_dir ... --resume                   # goes on where the last run stopped
+    python3 p4_vae/train.py --data_dir ... --attributes ... --resume  # goes on where the last run stopped
     python3 p4_vae/train.py --data_dir ... --beta 1e-5                # the course's weight of the KL divergence
     python3 p4_vae/train.py --data_dir face/train --attributes face/train.csv       # the course's set
     torchrun --nproc_per_node=4 p4_vae/train.py --data_dir ...        # several GPUs; --batch_size is for all together
@@ -34,7 +34,6 @@ from p4_vae.elbo import D, automatic_beta, kl_divergence, squared_errors
 from p4_vae.latents import attribute_directions, encode_all, fit_mixture
 from p4_vae.model import PIXELS, VAE
 from transforms import random_mirror, to_uint8
-
 
 # A mean over pixels has small gradients, of norm 0.001 to 0.002; one of norm 1 would steer Muon, which moves by the
 # same amount along small gradients and large ones, for dozens of steps.
@@ -84,8 +83,9 @@ def main():
     args = parse_args()
     attributes = read_attributes(args.attributes) if args.attributes else None
     process, saved = training.start(args, "p4_vae")
-    device = process.device
-    faces, held_out = split_faces(read_faces(args.data_dir))
+    device, (faces, held_out) = process.device, split_faces(read_faces(args.data_dir))
+    if saved and "attributes" in saved.get("latents", {}) and attributes is None:
+        raise UserError(f"{args.output_dir / 'last.pt'} was trained with --attributes; name them again")
     if args.latents >= min(len(faces.images) - 1, PIXELS):  # they are principal components, and leave an error
         raise UserError(f"--latents {args.latents} are too many for {len(faces.images)} training faces (8001 to 9000 "
                         f"are kept for validation) of {PIXELS} values; name more, or take fewer")
@@ -117,11 +117,12 @@ def main():
             continue
         training.log(metrics, means, step, per_epoch, args, parts, process)
         if process.rank == 0:
-            latents = describe(parts.ema, faces, attributes, args.seed) if step + 1 == total else {}
-            description = dict(kind="p4_vae", config=config, recipe=training.recipe(args), metrics=metrics,
-                               latents=latents)
+            latents = {} if attributes is None else dict(attributes={})  # so that --resume knows of them
+            if step + 1 == total:
+                latents = describe(parts.ema, faces, attributes, args.seed)
+            description = dict(kind="p4_vae", config=config, recipe=training.recipe(args), metrics=metrics)
             samples = sample_grid(parts.ema, held_out.images if len(held_out.images) else faces.images, device)
-            training.save(args.output_dir, parts, step, description, samples)
+            training.save(args.output_dir, parts, step, dict(description, latents=latents), samples)
 
 
 if __name__ == "__main__":

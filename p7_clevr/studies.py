@@ -3,10 +3,11 @@
     python3 p7_clevr/studies.py --data_dir DIR                                # all tables of the committed checkpoint
     python3 p7_clevr/studies.py --data_dir DIR --tables ablation --checkpoint multi_hot/model.pt
 
-Generates the scenes of each setting, judges them as evaluate.py does, and adds a line to --output. Settings of the same
-checkpoint and graders that are in that file already are not measured again, so an interrupted study goes on. Prints the
-tables as Markdown: mean and standard deviation where settings differ in the seed alone. Tables that serve to choose use
-sets of their own and seed 11; what is reported, "seeds", "judged" and "fidelity", took part in no choice. An hour.
+Generates the scenes of each setting, judges them as evaluate.py does, and adds a line to --output; --output
+p7_clevr/checkpoints/results.csv changes the record of README and report. Settings of the same checkpoint and graders
+that are in that file already are not measured again, so an interrupted study goes on. Prints the tables as Markdown:
+mean and standard deviation where settings differ in the seed alone. Tables that serve to choose use sets of their own
+and seed 11; what is reported, "seeds", "judged" and "fidelity", took part in no choice. An hour.
 """
 
 import itertools
@@ -23,8 +24,8 @@ import pandas as pd
 import torch
 
 from files import check_output_file, digest_of, load_checkpoint, lock, other_rows, write_atomic
-from p1_ddpm.inference import Sampling, sampling_of
-from p1_ddpm.studies import as_text, markdown
+from p1_ddpm.inference import sampling_of
+from p1_ddpm.studies import as_text, markdown, sampling_in
 from p7_clevr.evaluate import Judge
 from p7_clevr.evaluator import CHECKPOINTS
 from p7_clevr.inference import SHIPPED, add_scene_arguments, generate, load_guide, number_scenes
@@ -74,7 +75,8 @@ def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=[t for t in TABLES if t != "ablation"],
                         help="which tables to make; ablation compares checkpoints, one a run")
-    parser.add_argument("--output", type=nonempty_path, default=CHECKPOINTS / "results.csv", help="the file of results")
+    parser.add_argument("--output", type=nonempty_path, default=ROOT / "p7_clevr/output/results.csv",
+                        help="the file of results")
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "iclevr", help="train.json and the images")
     add_scene_arguments(parser)
     return parser.parse_args()
@@ -83,7 +85,7 @@ def parse_args():
 def measure(model, alphas_cumprod, judge, setting, device, batch_size):
     """The MEASURES of a setting, a dict with the keys FLAGS."""
     sets = sets_of(setting["sets"], judge)
-    sampling = Sampling(**{flag: setting[flag] for flag in Sampling._fields})
+    sampling = sampling_in(setting)
     guide = load_guide(CHECKPOINTS / f"{setting['guide']}.pth", setting["scale"], alphas_cumprod, device)
     start = time.time()
     # As lab6.sh numbers them, whose second list new_test is.
@@ -98,9 +100,9 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     check_output_file(args.output)
-    for column in "graders", "channels":  # a foreign file is told before the networks are read
-        other_rows(args.output, column)
     lock(args.output.parent)  # two runs at once would overwrite each other's rows
+    for column in "graders", "channels":  # a foreign file is told before the networks are read
+        rows = other_rows(args.output, column, dtype=str).to_dict("records")
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     checkpoint = load_checkpoint(args.checkpoint, "p7_clevr", ["metrics", "config"])
     network, schedule = checkpoint["config"]["network"], checkpoint["config"]["schedule"]
@@ -110,7 +112,6 @@ def main():
                  epochs=f"{checkpoint['metrics'][-1]['epoch']:g}")
     flags = dict(DEFAULTS, **sampling_of(args)._asdict(), weights=args.weights)
     judge = Judge(args.data_dir, device, args.evaluator)
-    rows = pd.read_csv(args.output, dtype=str).to_dict("records") if args.output.exists() else []
     for name in args.tables:
         for changes in TABLES[name]:
             setting = {**flags, **changes}

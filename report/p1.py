@@ -205,7 +205,8 @@ def read_results(path, checkpoint, timesteps):
     rows = wanted.merge(own, how="left")
     missing = set(rows[rows.accuracy.isna()].table) - {"reference"}
     if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))} for {checkpoint}; run p1_ddpm/studies.py")
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))} for {checkpoint}; run p1_ddpm/studies.py "
+                        f"--output {path}")
     return pd.concat([rows.dropna(subset="accuracy"), results[results.table == "ema"]])
 
 

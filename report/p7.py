@@ -79,7 +79,7 @@ def read_results(path, checkpoint):
     rows = rows[judged & ((rows.checkpoint == digest_of(checkpoint)) | (rows.table == "ablation"))].merge(wanted)
     lacking = [name for name in TABLES if name not in set(rows.table)]
     if lacking:
-        raise UserError(f"{path} lacks {', '.join(lacking)} for {checkpoint}; run p7_clevr/studies.py")
+        raise UserError(f"{path} lacks {', '.join(lacking)} for {checkpoint}; run p7_clevr/studies.py --output {path}")
     return rows
 
 

@@ -51,7 +51,8 @@ def p1_numbers():
                                 per_class=per_class))
         found = rows[(rows[wanted.index] == wanted).all(axis=1)]
         if found.empty:
-            raise UserError(f"{path} lacks {table} of {checkpoint.name} and {domain}; run p1_ddpm/studies.py")
+            raise UserError(f"{path} lacks {table} of {checkpoint.name} and {domain}; run p1_ddpm/studies.py --output "
+                            f"{path}")
         return found
 
     shipped, shipped_2024 = (as_text(setting._asdict(), setting._fields) for setting in (SHIPPED, SHIPPED_2024))

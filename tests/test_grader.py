@@ -103,8 +103,10 @@ def test_grades_two_domains_as_in_2024(tmp_path, weights, always_3, capsys, monk
         with pytest.raises(UserError, match=message):
             call("--folder", out, *flags)
     shutil.rmtree(out / "svhn")
+    capsys.readouterr()
     with pytest.raises(UserError, match="no folder .*svhn"):
         call("--folder", out)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrap", [

@@ -795,6 +795,17 @@ def test_a_study_of_two_domains_measures_each(tmp_path, data_dir, monkeypatch, c
     assert len(pd.read_csv(tmp_path / "results.csv")) == 4
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--tables", "domains"], "--tables domains needs a network of several, and .* is of mnistm alone"),
+    (["--tables", "guidance", "ema"], "lacks model"), (["--tables", "shipped", "--interval", 3, 2], "is empty")])
+def test_a_study_that_cannot_be_is_told_before_work_is_done(tmp_path, checkpoint, monkeypatch, flags, message):
+    save_checkpoint(tmp_path / "one.pt", **torch.load(checkpoint, weights_only=True), metrics=[dict(epoch=1)])
+    monkeypatch.setattr(studies, "Judge", None)
+    with pytest.raises(UserError, match=message):
+        call(studies, "--checkpoint", tmp_path / "one.pt", "--output", tmp_path / "results.csv", *flags)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_settings_are_the_tables_changes_to_the_flags():
     assert set(studies.DEFAULTS) == set(studies.FLAGS)
     for table, changes in studies.TABLES.items():

@@ -18,6 +18,7 @@ import faces
 import training
 from conftest import call
 from faces import face_source, read_attributes, read_faces, split_faces
+from files import digest_of
 from p4_vae import evaluate, inference, studies, train
 from p4_vae.elbo import D, automatic_beta, kl_divergence, squared_errors
 from p4_vae.latents import attribute_directions, encode_all, fit_mixture, sample_prior
@@ -262,7 +263,10 @@ def test_training_resumes_bit_for_bit(data, trained, tmp_path, monkeypatch):
         call(train, *tiny(data, tmp_path / "out"))
     with pytest.raises(UserError, match="same flags"):
         call(train, *tiny(data, tmp_path / "out", "--resume", "--beta", "1e-5"))
-    call(train, *tiny(data, tmp_path / "out", "--resume"))
+    named = tiny(data, tmp_path / "out", "--resume")
+    with pytest.raises(UserError, match="was trained with --attributes"):
+        call(train, *[flag for flag in named if flag not in ("--attributes", data.parent / "list.txt")])
+    call(train, *named)
     whole, parts = (torch.load(folder / "last.pt", weights_only=True) for folder in (trained, tmp_path / "out"))
     assert whole["step"] == parts["step"] == 4
     for part in ("model", "ema"):
@@ -417,6 +421,12 @@ def test_a_grid_is_what_its_suffix_says(trained, tmp_path):
         assert picture.format == "JPEG" and picture.size == (8 * 66 + 2, 2 * 66 + 2)
 
 
+def test_the_committed_results_are_those_of_the_committed_checkpoint():
+    folder = ROOT / "p4_vae/checkpoints"
+    rows = pd.read_csv(folder / "results.csv", dtype=str)
+    assert set(rows[rows.beta == "auto"].checkpoint) == {digest_of(folder / "vae.pt")}
+
+
 def test_without_a_trained_network_one_sentence_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("p4_vae.model.CHECKPOINT", tmp_path / "vae.pt")
     with pytest.raises(UserError, match="train one with 'python3 p4_vae/train.py"):
@@ -427,6 +437,7 @@ def test_without_a_trained_network_one_sentence_says_so(tmp_path, monkeypatch):
     ([], "nothing would be written"), (["out", "--attribute", "Smiling"], "--attribute means nothing to sampling"),
     (["out", "--walk", "DATA", "--count", "7"], "--count means nothing to --walk"),
     (["out", "--reconstruct", "DATA", "--prior", "fitted"], "--prior means nothing to --reconstruct"),
+    (["--grid", "out.jpg", "--count", "8000"], "no room for 1000 images side by side"),
     (["--grid", "out.txt"], "must end in .png or .jpg"), (["--grid", "."], "must end in"),
     (["out", "--checkpoint", "nowhere.pt"], "no checkpoint nowhere.pt"),
     (["out", "--reconstruct", "DATA", "--count", "2", "--attribute", "Hairy"], "no attribute Hairy; it knows Smiling"),
