@@ -279,14 +279,16 @@ def split_sizes(count):
     return count - test - val, val, test
 
 
-def build(domain, source_dir, data_dir, seed):
-    """Writes data_dir/digits/<domain>, whole or not at all."""
-    target = Path(data_dir) / "digits" / domain
-    if all((target / name).exists() for name in ("data", "train.csv", "val.csv")):
-        print(f"{target} is there already and is left alone")
-        return
-    if target.exists():
+def is_built(target):
+    """Whether the folder `target` of a domain is there; UserError when it is but not whole."""
+    whole = all((target / name).exists() for name in ("data", "train.csv", "val.csv"))
+    if target.exists() and not whole:
         raise UserError(f"{target} is there but lacks data, train.csv or val.csv; move it away to have it built")
+    return whole
+
+
+def build(domain, source_dir, target, seed):
+    """Writes the folder `target` of a domain, whole or not at all."""
     labels, image = DOMAINS[domain](source_dir, seed)
 
     # Numbered in a random order, so that a file's name tells nothing about its digit.
@@ -329,11 +331,15 @@ def main():
     errors = []
     for domain in args.domains:
         try:
+            target = args.data_dir / "digits" / domain
+            if is_built(target):
+                print(f"{target} is there already and is left alone")
+                continue
             if args.download:
                 lock(make_output_dir(args.source_dir))
                 download(args.source_dir, domain)
             lock(args.data_dir)  # so that a partial domain there is a dead run's
-            build(domain, args.source_dir, args.data_dir, args.seed)
+            build(domain, args.source_dir, target, args.seed)
         except UserError as error:  # the other domains can be had all the same
             errors.append(str(error))
     if errors:

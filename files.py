@@ -119,10 +119,11 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_atomic(path, data):
+def write_atomic(path, data, durable=False):
     """Writes the bytes `data` to the file `path`, at the end of its links: whole or not at all, or UserError.
 
-    A stream is written to as it is: an open file goes on after what has been printed.
+    durable: also after a power cut, which takes a moment. A stream is written to as it is: an open file goes on after
+    what has been printed.
     """
     stream, descriptor = is_stream(path), _descriptor(path)
     target = Path(os.path.realpath(path))
@@ -133,6 +134,9 @@ def write_atomic(path, data):
             temporary = os.dup(descriptor)  # opened by its path, a file would be cut off
         with open(temporary, "wb") as file:
             file.write(data)
+            if durable and not stream:
+                file.flush()
+                os.fsync(file.fileno())
         if not stream:
             os.replace(temporary, target)
     except BaseException as error:
@@ -160,7 +164,7 @@ def save_checkpoint(path, **content):
     """Saves one dict of tensors and plain types with the format version, whole or not at all."""
     buffer = io.BytesIO()
     torch.save({"format_version": CHECKPOINT_VERSION, **content}, buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue(), durable=True)
 
 
 # --- Reading ------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ has_face() {
 }
 
 from_course() {
-    mkdir -p "$partial"
+    mkdir -p "$partial" || exit 2
     python3 -m gdown "$course_zip" -O "$partial/hw2_data.zip" || return 1
     python3 -m zipfile -e "$partial/hw2_data.zip" "$partial" || return 1
     root="$(find "$partial" -type d -name digits -not -path '*/__MACOSX/*' | head -n 1)"
@@ -50,9 +50,9 @@ from_course() {
     for part in "${parts[@]}"; do  # all or nothing: the zip's data are not to be mixed with another source's
         [ -e "$root/../$part" ] || return 1
     done
-    mkdir -p hw2_data/digits hw2_data/face
+    mkdir -p hw2_data/digits hw2_data/face || exit 2
     for part in "${parts[@]}"; do
-        [ -e "hw2_data/$part" ] || mv "$root/../$part" "hw2_data/$part"
+        [ -e "hw2_data/$part" ] || mv "$root/../$part" "hw2_data/$part" || exit 2
     done
 }
 

@@ -2,7 +2,7 @@
 
     process, saved = start(args, "p1_ddpm")
     parts = make_parts(model, make_optimizers(model, args), process, saved)
-    for step in steps(args, process, saved, total):
+    for step in steps(args, process, saved, total, images):
         loss = ...                                     # the batch and the method: what the chapter is about
         update(parts, loss.mean(), warmup_cosine(step, total, args.warmup), ema_decay(args.ema, step))
         means.add(loss=loss)
@@ -10,12 +10,13 @@
             log(metrics, means, step, per_epoch, args, parts, process)
             save(args.output_dir, parts, step, ...)    # by the process of rank 0
 
-Whatever a step does is a function of (seed, step, rank), so --resume goes on bit for bit with nothing but the weights,
+Whatever a step does is a function of (seed, step, rank), so on a CPU --resume goes on bit for bit with nothing but the weights,
 the optimiser's state and the number of the step.
 """
 
 import copy
 import functools
+import hashlib
 import inspect
 import math
 import os
@@ -86,18 +87,20 @@ def start(args, kind):
         raise UserError(f"--batch_size {args.batch_size} is not a multiple of the {process.count} processes")
     if args.dry_run:
         args.batch_size = min(args.batch_size, 8 * process.count)
-    else:
+    last = args.output_dir / "last.pt"
+    there = any((args.output_dir / name).exists() for name in ("last.pt", "model.pt", "metrics.jsonl"))
+    if args.resume and not last.exists():
+        way = f"move {args.output_dir} away and start" if there else "start"
+        raise UserError(f"there is no training to go on with, {last}; {way} without --resume")
+    if not args.dry_run:
         make_output_dir(args.output_dir)
         if process.rank == 0:
             lock(args.output_dir)
-    last, results = args.output_dir / "last.pt", ("last.pt", "model.pt", "metrics.jsonl")
     if not args.resume:
-        if not args.dry_run and any((args.output_dir / name).exists() for name in results):
+        if there and not args.dry_run:
             way = "add --resume" if last.exists() else "move it away"
             raise UserError(f"{args.output_dir} holds a training already; {way} or name another --output_dir")
         return process, None
-    if not last.exists():
-        raise UserError(f"there is no training to go on with, {last}; start without --resume")
     try:
         saved = load_checkpoint(last, kind, ["recipe", "metrics", "ema", "step", "model", "optimizer", "scaler"])
     except UserError as error:
@@ -109,12 +112,18 @@ def start(args, kind):
     if args.dry_run:
         wanted["batch_size"] = saved["recipe"]["batch_size"]
     other = {name: value for name, value in saved["recipe"].items()
-             if name not in NOT_RECIPE and value != wanted.get(name)}
+             if name not in (*NOT_RECIPE, "data") and value != wanted.get(name)}
     if other:
-        flags = " ".join(f"--{name} {' '.join(map(str, v)) or 'nothing' if isinstance(v, list) else v}"
-                         for name, v in other.items())
-        raise UserError(f"{last} was trained with {flags}; resume it with the same flags")
+        flags = ", ".join(_as_flag(*item) for item in other.items())
+        raise UserError(f"{last} was trained {flags}; resume it with the same flags")
     return process, saved
+
+
+def _as_flag(name, value):
+    if value is False or value is None or value == []:
+        return f"without --{name}"
+    words = [] if value is True else value if isinstance(value, list) else [value]
+    return " ".join(["with", f"--{name}", *map(str, words)])
 
 
 def _join(args):
@@ -189,22 +198,35 @@ def seed_all(*keys):
     torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1)[0]))
 
 
-def steps(args, process, saved, total):
-    """Yields the steps that are left of `total`, each with random numbers of (seed, step, rank); two in a dry run.
+def steps(args, process, saved, total, *data):
+    """Iterates over the steps left of `total`, each with random numbers of (seed, step, rank); two in a dry run.
 
-    UserError when the training to go on with has had epochs of another length.
+    data: the tensors (N, ...) of training images and labels, whose digest becomes part of the recipe. UserError when
+    the training to go on with has seen others.
     """
-    first = saved["step"] if saved else 0
-    if saved and not args.dry_run and abs(saved["metrics"][-1]["epoch"] - first * args.epochs / total) > 1e-3:
-        raise UserError(f"{args.output_dir / 'last.pt'} was trained on another number of images than --data_dir holds; "
-                        "resume it with the same data")
-    stop = first + 2 if args.dry_run else total
+    args.data, first = _digest(data), saved["step"] if saved else 0
+    if saved and not args.dry_run and saved["recipe"].get("data", args.data) != args.data:
+        raise UserError(f"{args.output_dir / 'last.pt'} was trained on other data than --data_dir holds; resume it "
+                        "with the same data")
+    return _seeded(args, process, first, first + 2 if args.dry_run else total, total)
+
+
+def _seeded(args, process, first, stop, total):
     for step in tqdm(range(first, stop), "training", total=stop, initial=first, unit="step",
                      disable=process.rank != 0 or None):
         seed_all(args.seed, step, process.rank)
         yield step
     if args.dry_run and process.rank == 0:
         print(f"dry run: two steps of {args.batch_size} images went well on {process.device}; nothing was written")
+
+
+def _digest(tensors):
+    """Eight hexadecimal digits that depend on the shapes and on some 64 examples of each of the `tensors` (N, ...)."""
+    content = hashlib.sha256()
+    for tensor in tensors:
+        some = tensor[::max(1, len(tensor) // 64)].cpu().contiguous()
+        content.update(f"{tuple(tensor.shape)}".encode() + some.numpy().tobytes())
+    return content.hexdigest()[:8]
 
 
 @functools.lru_cache(maxsize=1)

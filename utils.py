@@ -81,10 +81,10 @@ def run(main):
                 main()
             except SystemExit as stop:  # argparse's, and what a script says by its status
                 status = stop.code or 0
-            except RuntimeError as error:
-                if not OUT_OF_MEMORY.search(str(error)):
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
                     raise
-                raise UserError(f"{str(error).splitlines()[0]}; try a smaller --batch_size")
+                raise UserError(f"{(str(error) or 'out of memory').splitlines()[0]}; try a smaller --batch_size")
             sys.stdout.flush()
             if sys.stdout.error:
                 raise sys.stdout.error

@@ -88,7 +88,7 @@ def main():
     metrics, means = saved["metrics"] if saved else [], training.Means()
     training.announce(f"{len(images)} images", process, total, model)
 
-    for step in training.steps(args, process, saved, total):
+    for step in training.steps(args, process, saved, total, images, labels):
         batch = training.batch_indices(step, len(images), args, process)
         x0, y = as_input(images[batch]), labels[batch]
         with autocast(device, process.dtype):

@@ -36,7 +36,7 @@ def parse_args():
     parser.add_argument("output_dir", type=nonempty_path,
                         help="folder for the images; made if need be, other files in it stay")
     parser.add_argument("checkpoint", type=nonempty_path, help="UNet.pt or a file of train.py")
-    parser.add_argument("--steps", type=int_between(1), default=50, help=f"sampling steps, at most {T}")
+    parser.add_argument("--steps", type=int_between(1, T), default=50, help="sampling steps")
     parser.add_argument("--eta", type=float_between(0, 1), default=0.0, help="noise per step: 0 none, 1 as DDPM")
     parser.add_argument("--seed", type=int_between(0), default=0, help="seed of that noise")
     parser.add_argument("--batch_size", type=int_between(1),
@@ -98,18 +98,15 @@ def is_whole_png(path):
 
 def main():
     args = parse_args()
-    if args.steps > T:
-        raise UserError(f"--steps {args.steps} is above {T}, the number of timesteps")
     device = pick_device(args.device)
     dtype = amp_dtype(args.amp, device)
     if args.amp == "auto" and dtype is None:
         print("--amp: this CPU has no bfloat16 units; going on in float32", file=sys.stderr)
-    paths = find_noises(args.noise_dir)
+    paths, output_dir = find_noises(args.noise_dir), make_output_dir(args.output_dir)
     model, (height, width) = load_model(args.checkpoint, device), load_noise(paths[0]).shape[2:]
     if model.size not in (None, height) or model.size not in (None, width):
         print(f"{args.checkpoint} was trained on images of {model.size}x{model.size}; those of {width}x{height} that "
               f"the noises in {args.noise_dir} give will hardly be faces", file=sys.stderr)
-    output_dir = make_output_dir(args.output_dir)
     targets = [output_dir / f"{path.stem}.png" for path in paths]
     # Sampling noise is keyed by a file's place in the folder, so neither batch nor --skip_existing changes an image.
     todo = [i for i, target in enumerate(targets) if not (args.skip_existing and is_whole_png(target))]

@@ -78,7 +78,7 @@ def main():
     metrics, means = saved["metrics"] if saved else [], training.Means()
     training.announce(f"{len(images)} images", process, total, model)
 
-    for step in training.steps(args, process, saved, total):
+    for step in training.steps(args, process, saved, total, images):
         x0, t = draw_batch(images[training.batch_indices(step, len(images), args, process)])
         with autocast(process.device, process.dtype):
             loss = ddpm_loss(parallel, x0, t, torch.randn_like(x0), alphas_cumprod)

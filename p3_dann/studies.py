@@ -29,8 +29,8 @@ from utils import UserError, argument_parser, int_between, nonempty_path, run
 
 import pandas as pd
 
-from dataset import load_split
-from files import make_output_dir, read_jsonl, write_atomic
+from dataset import DOMAINS, load_split
+from files import make_output_dir, other_rows, read_jsonl, write_atomic
 from p3_dann import choice
 from p3_dann.methods import ALL_PAIRS, METHODS, PAIRS, run_name
 from p3_dann.model import load_model
@@ -206,7 +206,10 @@ def publish(output_dir, table, checkpoints):
 def main():
     args = parse_args()
     make_output_dir(args.output_dir)
-    load_split(args.data_dir, PAIRS[0][0], "val")  # a missing data set is reported before anything starts
+    for domain in DOMAINS:  # what is missing is told before anything starts
+        load_split(args.data_dir, domain, "val")
+    if args.publish:
+        other_rows(make_output_dir(ROOT / "p3_dann/checkpoints") / "results.csv", "run")
     trainings = {folder: settings for table in args.tables for folder, settings in TABLES[table].items()
                  if fnmatch.fnmatchcase(folder, args.runs)}
     if not trainings:

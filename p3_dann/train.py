@@ -102,8 +102,9 @@ def main():
     seen = ", ".join(f"{len(of_domain)} images of {domain}" for domain, of_domain in images.items())
     training.announce(seen, process, total, model)
 
+    steps = training.steps(args, process, saved, total, *images.values(), labels)
     description = dict(kind="p3_dann", config=model.config, recipe=training.recipe(args), metrics=metrics)
-    for step in training.steps(args, process, saved, total):
+    for step in steps:
         batch = draw_batch(images, labels, count, args.without, method.two_views)
         with autocast(device, process.dtype):
             loss, values = parallel(batch, step / total)

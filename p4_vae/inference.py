@@ -138,7 +138,7 @@ def main():
     if not (args.output_dir or args.grid):
         raise UserError("nothing would be written; name a folder for faces one by one, or --grid FILE")
     if args.grid:
-        check_picture(args.grid, args.count or 10 if args.reconstruct else (args.count or 32) // 8)
+        check_picture(args.grid, args.count or 10 if args.reconstruct else -(-(args.count or 32) // 8))
     model, latents = load_model(args.checkpoint, pick_device(args.device))
     if args.output_dir:
         make_output_dir(args.output_dir)

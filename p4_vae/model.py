@@ -68,8 +68,8 @@ class VAE(nn.Module):
     def set_eigenfaces(self, images):
         """Makes `average`, `basis` and each direction's `std` those of uint8 images (N, 3, 64, 64), N above L.
 
-        These are principal components at 32x32. The model is then probabilistic PCA (Tipping & Bishop 1999): the
-        posterior's variance is that of a linear decoder with the error that is left.
+        These are principal components at 32x32. The model is then nearly probabilistic PCA (Tipping & Bishop 1999):
+        the posterior's variance is that of a linear decoder with the error that is left, its mean is not shrunk.
         """
         x = F.avg_pool2d(images.float() / 255, 2).flatten(1)
         self.average.copy_(x.mean(dim=0))

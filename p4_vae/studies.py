@@ -103,11 +103,12 @@ def draw_figures(folder, training, faces, has):
 
 def main():
     args = parse_args()
-    # What is missing is told before hours of training.
-    judge = Judge(args.data_dir, not args.no_identity)
-    has = dict(attributes_of(judge.validation, read_attributes(args.attributes), SHOWN)) if args.attributes else {}
+    # What is missing is told before hours of training, and what is misspelt before the faces are read.
+    table = read_attributes(args.attributes) if args.attributes else None
     if args.figures:
         make_output_dir(args.figures)
+    judge = Judge(args.data_dir, not args.no_identity)
+    has = {} if table is None else dict(attributes_of(judge.validation, table, SHOWN))
     flags = ["--attributes", args.attributes] if args.attributes else []
     flags += ["--epochs", args.epochs] if args.epochs else []
     study(args, ROOT / "p4_vae/train.py", "beta", {beta: ["--beta", beta, *flags] for beta in args.betas},

@@ -75,17 +75,17 @@ def describe(model, faces, attributes, seed):
     """What a checkpoint holds about the latents of the training `faces`; see latents.py."""
     means, stds = encode_all(model, faces.images)
     training.seed_all(seed)
-    return dict(mixture=fit_mixture(means + stds * torch.randn(means.shape), seed=seed),
-                attributes={} if attributes is None else attribute_directions(means, faces.numbers, attributes))
+    known = {} if attributes is None else dict(attributes=attribute_directions(means, faces.numbers, attributes))
+    return dict(mixture=fit_mixture(means + stds * torch.randn(means.shape), seed=seed), **known)
 
 
 def main():
     args = parse_args()
     attributes = read_attributes(args.attributes) if args.attributes else None
     process, saved = training.start(args, "p4_vae")
-    device, (faces, held_out) = process.device, split_faces(read_faces(args.data_dir))
     if saved and "attributes" in saved.get("latents", {}) and attributes is None:
         raise UserError(f"{args.output_dir / 'last.pt'} was trained with --attributes; name them again")
+    device, (faces, held_out) = process.device, split_faces(read_faces(args.data_dir))
     if args.latents >= min(len(faces.images) - 1, PIXELS):  # they are principal components, and leave an error
         raise UserError(f"--latents {args.latents} are too many for {len(faces.images)} training faces (8001 to 9000 "
                         f"are kept for validation) of {PIXELS} values; name more, or take fewer")
@@ -104,7 +104,7 @@ def main():
     metrics, means = saved["metrics"] if saved else [], training.Means()
     training.announce(f"{len(images)} faces", process, total, model)
 
-    for step in training.steps(args, process, saved, total):
+    for step in training.steps(args, process, saved, total, images):
         x = random_mirror(images[training.batch_indices(step, len(images), args, process)].float() / 255)
         with autocast(device, process.dtype):
             decoded, mean, log_variance = parallel(x, torch.randn(len(x), args.latents, device=device))

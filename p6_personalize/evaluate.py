@@ -66,11 +66,16 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument("input_json", type=nonempty_path, help="the course's input.json")
     parser.add_argument("output_dir", type=nonempty_path, help="what inference.py has written")
-    parser.add_argument("--data_dir", type=nonempty_path, default=CONCEPTS, help="a folder of references for each key")
-    parser.add_argument("--clip", type=nonempty_path, default=CLIP, help="a CLIP model's folder or name")
+    parser.add_argument("--data_dir", type=nonempty_path, help="a folder of references for each key")
+    parser.add_argument("--clip", type=nonempty_path, help="a CLIP model's folder or name")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     args = parser.parse_args()
     requests = read_requests(args.input_json)
+    if args.input_json.resolve() == (CONCEPTS / "input.json").resolve():
+        args.data_dir, args.clip = args.data_dir or CONCEPTS, args.clip or CLIP
+    elif not args.data_dir or not args.clip:
+        raise UserError(f"{args.input_json} is not the tiny world's; name the references by --data_dir and a CLIP by "
+                        "--clip")
     for request in requests:
         if not request.clip_prompts or not request.baselines:
             raise UserError(f"entry \"{request.key}\" of {args.input_json} has no prompt_4_clip_eval or no baseline, "

@@ -85,15 +85,21 @@ def settings_of(args, dtype, requests):
 
 
 def open_folder(output_dir, settings, requests):
-    """Makes the folders; removes the images that were made with other settings. UserError on files that the scorer
-    would count as images."""
+    """Makes the folders; removes the images that were made with other settings.
+
+    UserError on files that the scorer would count as images, and on images of which settings.json does not tell: those
+    may be anyone's.
+    """
     path = make_output_dir(output_dir) / "settings.json"
-    same, to_delete = path.is_file() and path.read_bytes() == settings.encode(), []
+    known, to_delete = path.is_file(), []
+    same = known and path.read_bytes() == settings.encode()
     for request in requests:
         for number in range(len(request.prompts)):
             folder = make_output_dir(folder_of(output_dir, request, number))
             ours = {file_name(request, number, n) for n in range(IMAGES)}
             for file in folder.iterdir():
+                if file.name in ours and not known:
+                    raise UserError(f"{folder} holds {file.name}, and no {path} says how it was made; move it away")
                 if file.name in ours:
                     to_delete += [] if same and file.stat().st_size else [file]
                 elif file.name.startswith(f".source{request.key}_"):  # a write that was killed

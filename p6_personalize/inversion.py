@@ -116,7 +116,8 @@ def validate(pipe, dtype, prompt, guidance, clip=None, references=(), text=""):
     if not clip:
         return images, {}
     image, text = best_five(*scores(clip, [to_pil_image(x) for x in images], references, text))
-    return images, dict(image_score=torch.tensor(image), text_score=torch.tensor(text))
+    return images, dict(image_score=torch.tensor(image, device=pipe.device),
+                        text_score=torch.tensor(text, device=pipe.device))
 
 
 def save_embeds(path, token, rows):

@@ -32,7 +32,7 @@ from dataset import list_images
 from files import digest_of, make_output_dir, save_png, write_atomic
 from p6_personalize.evaluate import read_references
 from p6_personalize.inversion import add_token, diffusion_loss, encode, random_square, save_embeds, token_ids, validate
-from p6_personalize.model import CLIP, PIPELINE, Clip, check_begun, default_guidance, digests_of, load_pipeline
+from p6_personalize.model import PIPELINE, Clip, check_begun, default_guidance, digests_of, load_pipeline
 from p6_personalize.prompts import TEMPLATES
 
 
@@ -53,7 +53,7 @@ def parse_args():
     add("--crop", type=float_between(0.1, 1), default=0.9, help="smallest side of a random crop, as a share")
     add("--save_every", type=int_between(1), default=50, help="steps between saved embeddings")
     add("--validation_prompt", help="a prompt with the new word, to see what it has learnt at each saved step")
-    add("--choose", type=nonempty_path, nargs="?", const=CLIP, help="a CLIP that chooses a step by image + 2.5 text")
+    add("--choose", type=nonempty_path, metavar="CLIP", help="a CLIP that chooses a step by image + 2.5 text")
     add("--guidance", type=float_between(1), help="of the samples; 1 is none, not given 7.5, with a tiny pipeline 2")
     add("--gradient_checkpointing", action="store_true", help="compute twice to save memory: fits 512x512 into 11 GB")
     add("--resume", action="store_true", help="go on from last.pt in --output_dir")
@@ -75,6 +75,7 @@ def main():
     process, saved = training.start(args, "p6_personalize")
     if process.count > 1:
         raise UserError("textual inversion trains in one process; start it without torchrun")
+    clip = Clip(choose, process.device) if choose else None
     config = dict(references=[digest_of(args.data_dir / name) for name in list_images(args.data_dir)],
                   checkpoint=digests_of(checkpoint), choose=choose and digests_of(choose))
     check_begun(saved, config, args.output_dir / "last.pt")
@@ -85,7 +86,6 @@ def main():
     if args.gradient_checkpointing:
         pipe.unet.train()  # where the libraries do it; neither network has dropout or batch statistics
         pipe.unet.enable_gradient_checkpointing()
-    clip = Clip(choose, process.device) if choose else None
     adam = torch.optim.Adam([dict(params=rows.parameters(), lr=args.lr, highest_lr=args.lr)])
     parts = training.make_parts(rows, [adam], process, saved)
     metrics, means = saved["metrics"] if saved else [], training.Means()
@@ -105,6 +105,8 @@ def main():
         means.add(loss=loss)
         if not training.due(args, step, args.epochs):
             continue
+        if not rows.rows.isfinite().all():
+            raise UserError(f"the embedding is not finite at step {step + 1}; train anew with a lower --lr")
         folder = make_output_dir(args.output_dir / f"step_{step + 1:05d}")
         save_embeds(folder / "learned_embeds.safetensors", args.placeholder_token, rows.rows)
         if args.validation_prompt:

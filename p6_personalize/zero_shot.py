@@ -25,7 +25,7 @@ from tqdm import tqdm
 import plots
 from dataset import list_images, read_rgb
 from files import check_output_file, read_json, write_atomic
-from p6_personalize.model import CLIP, Clip
+from p6_personalize.model import Clip
 from p6_personalize.prompts import ENSEMBLE, PROMPT
 
 
@@ -83,7 +83,7 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument("folder", type=nonempty_path, help="the images <class>_<number>.png")
     parser.add_argument("--id2label", type=nonempty_path, required=True, help="id2label.json")
-    parser.add_argument("--clip", type=nonempty_path, default=CLIP, help="a CLIP model's folder or name")
+    parser.add_argument("--clip", type=nonempty_path, required=True, help="a CLIP model's folder or name")
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--prompt", default=PROMPT, help="the text of a class, with {} for its name")
     texts.add_argument("--ensemble", action="store_true", help=f"the mean of {len(ENSEMBLE)} prompts instead of one")
@@ -100,6 +100,8 @@ def main():
         check_output_file(args.output)
     if args.figure:
         plots.check_figure(args.figure)
+    for file in files:  # one that is damaged is told before minutes of CLIP
+        read_rgb(args.folder / file)
     clip = Clip(args.clip, pick_device(args.device))
     numbers = sorted(names)
     classes = class_vectors(clip, [names[number] for number in numbers], ENSEMBLE if args.ensemble else [args.prompt])

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 from files import check_output_file, digest_of, load_checkpoint, lock, other_rows, write_atomic
-from p1_ddpm.inference import sampling_of
+from p1_ddpm.inference import sampling_of, visited_timesteps
 from p1_ddpm.studies import as_text, markdown, sampling_in
 from p7_clevr.evaluate import Judge
 from p7_clevr.evaluator import CHECKPOINTS
@@ -111,14 +111,18 @@ def main():
                  schedule=f"{schedule['name']}, shift {schedule['shift']:g}",
                  epochs=f"{checkpoint['metrics'][-1]['epoch']:g}")
     flags = dict(DEFAULTS, **sampling_of(args)._asdict(), weights=args.weights)
+    total = len(alphas_cumprod) - 1
+    tables = {name: [{**row, "steps": min(row["steps"], total)} for row in ({**flags, **changes} for changes
+                                                                           in TABLES[name])] for name in args.tables}
+    for setting in itertools.chain(*tables.values()):  # what does not fit together is told now
+        visited_timesteps(sampling_in(setting), alphas_cumprod)
+        load_guide(CHECKPOINTS / f"{setting['guide']}.pth", setting["scale"], alphas_cumprod, device)
     judge = Judge(args.data_dir, device, args.evaluator)
-    for name in args.tables:
-        for changes in TABLES[name]:
-            setting = {**flags, **changes}
-            setting["steps"] = min(setting["steps"], len(alphas_cumprod) - 1)
+    for name in tables:
+        for setting in tables[name]:
             row = dict(about, **as_text(setting, FLAGS))
-            same = [old for old in rows if all(str(old[key]) == value for key, value in row.items())]
-            if any(old["table"] == name for old in same):
+            same = [old for old in rows if all(str(old.get(key)) == value for key, value in row.items())]
+            if any(old.get("table") == name for old in same):
                 continue
             measures = ({key: same[0][key] for key in MEASURES} if same else  # another table has it
                         measure(model, alphas_cumprod, judge, setting, device, args.batch_size))

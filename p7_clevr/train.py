@@ -94,7 +94,7 @@ def main():
     metrics, means = saved["metrics"] if saved else [], training.Means()
     training.announce(f"{len(images)} images", process, total, model)
 
-    for step in training.steps(args, process, saved, total):
+    for step in training.steps(args, process, saved, total, images, conditions):
         batch = training.batch_indices(step, len(images), args, process)
         x0, condition = as_input(images[batch]), conditions[batch]
         with autocast(device, process.dtype):

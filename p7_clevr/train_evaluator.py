@@ -104,7 +104,7 @@ def main():
     parallel = training.distribute(model, process)
     training.announce(f"{len(images)} images, {len(held_out_images)} held out", process, total, model)
 
-    for step in training.steps(args, process, saved, total):
+    for step in training.steps(args, process, saved, total, images, labels):
         batch = training.batch_indices(step, len(images), args, process)
         x, y = augment(as_input(images[batch]), labels[batch], background, args.paste)
         t = torch.zeros(len(x), dtype=torch.int64, device=device)
@@ -119,7 +119,8 @@ def main():
         means.add(loss=loss)
         if training.due(args, step, total):
             means.add(accuracy=torch.tensor(accuracy(parts.ema, held_out_images, held_out_labels,
-                                                     (equal, alphas_cumprod) if args.noisy else None)))
+                                                     (equal, alphas_cumprod) if args.noisy else None),
+                                             device=device))
             training.log(metrics, means, step, per_epoch, args, parts, process)
             if process.rank == 0:
                 description = dict(kind="p7_clevr_evaluator", config=config, recipe=training.recipe(args),

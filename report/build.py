@@ -154,7 +154,8 @@ def strip(folder, path, height=291):
 def main():
     args = parse_args()
     if not importlib.util.find_spec("typst"):
-        raise UserError("the package typst is missing; run: python3 -m pip install -r requirements-dev.txt")
+        raise UserError("the package typst is missing; run: python3 -m pip install -r "
+                        f"'{ROOT / 'requirements-dev.txt'}'")
     device = pick_device(args.device)
     folder = make_output_dir(args.output_dir / "report/build")
     wanted = {name: ASSIGNMENTS[name] for name in args.assignment}

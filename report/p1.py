@@ -18,6 +18,7 @@ from p1_ddpm.evaluate import Judge, same_class_draw, summary
 from p1_ddpm.inference import SHIPPED, generate, sample
 from p1_ddpm.model import Attention, ResidualBlock, load_model
 from p1_ddpm.studies import DEFAULTS, FLAGS, TABLES, as_text, means, settings
+from report.records import require_records
 from transforms import to_uint8
 
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "Algorithm 2", "dpmpp": "DPM-Solver++"}
@@ -262,9 +263,7 @@ def build(folder, checkpoints, data_dir, device, quick):
     checkpoints: the folder of ddpm.pt, of its training's record metrics.jsonl and of its studies' results.csv.
     quick: few images.
     """
-    for name, maker in ("metrics.jsonl", "train.py"), ("results.csv", "studies.py"):
-        if not (checkpoints / name).exists():
-            raise UserError(f"there is no {checkpoints / name}; p1_ddpm/{maker} makes it")
+    require_records(checkpoints, {"metrics.jsonl": "p1_ddpm/train.py", "results.csv": "p1_ddpm/studies.py --output"})
     metrics = read_jsonl(checkpoints / "metrics.jsonl")
     checkpoint = checkpoints / "ddpm.pt"
     model, alphas_cumprod = load_model(checkpoint, device)

@@ -6,7 +6,6 @@ from dataset import DOMAIN_NAMES, load_split
 from files import read_jsonl
 from plots import (BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, draw_digits, draw_domains, embed, image_grid, plt,
                    save)
-from utils import UserError
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from p3_dann.methods import ALL_PAIRS, PAIRS, run_name
 from p3_dann.model import load_model
 from p3_dann.prediction import predict
 from p3_dann.studies import ABLATION, means, shipped
+from report.records import require_records
 
 
 def scenario(pair):
@@ -157,8 +157,7 @@ def build(folder, checkpoints, data_dir, device, quick):
 
     checkpoints: the folder of what p3_dann/studies.py --publish has written. quick: few images.
     """
-    if not (checkpoints / "results.csv").exists():
-        raise UserError(f"there is no {checkpoints / 'results.csv'}; p3_dann/studies.py --publish makes it")
+    require_records(checkpoints, {"results.csv": "p3_dann/studies.py --publish"})
     results = pd.read_csv(checkpoints / "results.csv")
     before, after, metrics = {}, {}, {}
     recipe = load_model(checkpoints / f"{run_name('dann', *PAIRS[0])}.pt")[1]

@@ -3,7 +3,6 @@
 
 from dataset import DOMAIN_NAMES, load_split
 from files import read_jsonl
-from utils import UserError
 
 import pandas as pd
 
@@ -13,6 +12,7 @@ from p3_dann.prediction import predict
 from p3_dann.choice import candidates, rank_correlations
 from p3_dann.studies import ADAMATCH_ABLATION, ADAMATCH_ABLATION_PAIRS, means, shipped
 from report.p3 import choices, confusion_figure, confusion_matrix, latent_space, mistakes, scenario, tsne_figure
+from report.records import require_records
 
 HARDEST = ("svhn", "mnistm")  # the pair whose mistakes are looked at
 
@@ -65,8 +65,9 @@ def over_training(path):
 
 def build(folder, checkpoints, data_dir, device, quick):
     """Draws the figures into `folder` and returns the numbers that p3_pairs.typ shows; arguments: see p3.build."""
-    if not (checkpoints / "results.csv").exists():
-        raise UserError(f"there is no {checkpoints / 'results.csv'}; p3_dann/studies.py --publish makes it")
+    runs = [run_name(method, *pair) for method in ("dann", "adamatch") for pair in (PAIRS_2020[2], HARDEST)]
+    require_records(checkpoints, dict.fromkeys(["results.csv", *(f"{run}.jsonl" for run in runs)],
+                                               "p3_dann/studies.py --publish"))
     results = pd.read_csv(checkpoints / "results.csv")
     before = {pair: load_model(checkpoints / f"{run_name('source_only', *pair)}.pt", device)[0] for pair in PAIRS_2020}
     distances, recipes = {}, {}

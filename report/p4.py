@@ -3,7 +3,6 @@
 import json
 
 from plots import TEXT_WIDTH, image_grid
-from utils import UserError
 
 import pandas as pd
 import torch
@@ -15,6 +14,7 @@ from p4_vae.inference import generate, reconstruct
 from p4_vae.model import load_model
 from p4_vae.studies import SHOWN, draw_curves, draw_embedding, embed
 from report.layers import draw_chains, trace
+from report.records import require_records
 
 
 
@@ -34,15 +34,13 @@ def build(folder, checkpoints, source, attributes, device, quick):
     checkpoints: the folder of vae.pt, of its training's metrics.jsonl and of results.csv. source: a FaceSource with
     the validation faces; attributes: the file that tells who of them smiles. quick: few faces.
     """
-    for name, maker in ("metrics.jsonl", "train.py"), ("results.csv", "studies.py --output"):
-        if not (checkpoints / name).exists():
-            raise UserError(f"there is no {checkpoints / name}; p4_vae/{maker} makes it")
+    require_records(checkpoints, {"metrics.jsonl": "p4_vae/train.py", "results.csv": "p4_vae/studies.py --output"})
     metrics = read_jsonl(checkpoints / "metrics.jsonl")
     model, latents = load_model(checkpoints / "vae.pt", device)
     content = load_checkpoint(checkpoints / "vae.pt", "p4_vae", ["recipe", "config"])
     faces = test_faces([source])
     faces = faces.take(slice(40 if quick else 1000))
-    ten = faces.take(torch.randperm(len(faces.images), generator=torch.Generator().manual_seed(0))[:10])
+    ten = faces.take(slice(10))
     printed = architecture(folder / "p4_architecture.svg", model)
     draw_curves(folder / "p4_curves.svg", metrics)
     rows, errors = reconstruct(model, ten.images)

@@ -17,6 +17,7 @@ from p6_personalize.prompts import IMAGES, read_requests
 from p6_personalize.tiny.evaluate import ClipJudge, with_count
 from p6_personalize.tiny.scenes import UNSEEN_LOOK, UNSEEN_OBJECT, caption, read_world
 from p6_personalize.zero_shot import draw_cases
+from report.records import require_records
 
 
 def cases(clip, images, sets):
@@ -50,6 +51,10 @@ def build(folder, checkpoints, scenes_dir, device, quick):
     checkpoints: the folder with the tiny CLIP and pipeline, embeddings and records. scenes_dir: p7_clevr's data. quick:
     few steps.
     """
+    require_records(checkpoints, {"new1.jsonl": "p6_personalize/train.py", "new2.jsonl": "p6_personalize/train.py",
+                                  "results.csv": "p6_personalize/tiny/evaluate.py"})
+    records = {f"<{name}>": read_jsonl(checkpoints / f"{name}.jsonl") for name in ("new1", "new2")}
+    table = pd.read_csv(checkpoints / "results.csv")
     clip = Clip(checkpoints / "clip", device)
     pipe = load_pipeline(checkpoints / "pipeline", device, amp_dtype("auto", device))
     draw_cases(folder / "p6_cases.svg", *cases(clip, *read_world(scenes_dir, "held_out")))
@@ -80,9 +85,7 @@ def build(folder, checkpoints, scenes_dir, device, quick):
     image_grid(folder / "p6_images.svg", torch.cat(grid), shown, width=5,
                row_names=[row["prompt"].removeprefix("a photo of ").replace(" in the", ",\nin the").replace(
                    " and", "\nand") for row in results])
-    records = {f"<{name}>": read_jsonl(checkpoints / f"{name}.jsonl") for name in ("new1", "new2")}
     curve_figure(folder / "p6_curve.svg", records)
-    table = pd.read_csv(checkpoints / "results.csv")
     count = {name: sum(weight.numel() for weight in part.parameters()) for name, part in
              dict(unet=pipe.unet, vae=pipe.vae, text=pipe.text_encoder, clip=clip.model).items()}
     return dict(scores=results, parameters=count,

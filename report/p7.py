@@ -17,6 +17,7 @@ from p7_clevr.model import Level, load_model
 from p7_clevr.scenes import OBJECTS, multi_hot, official_sets
 from p7_clevr.studies import DEFAULTS, FLAGS, MEASURES, TABLES, graders, sets_of
 from report.p1 import losses
+from report.records import require_records
 from transforms import as_input
 
 
@@ -77,7 +78,8 @@ def read_results(path, checkpoint):
     wanted = pd.DataFrame([dict(table=table, **as_text({**DEFAULTS, **changes}, FLAGS))
                            for table, settings in TABLES.items() for changes in settings])
     rows = rows[judged & ((rows.checkpoint == digest_of(checkpoint)) | (rows.table == "ablation"))].merge(wanted)
-    lacking = [name for name in TABLES if name not in set(rows.table)]
+    found = wanted.merge(rows, how="left")
+    lacking = sorted(set(found[found.accuracy.isna()].table))
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)} for {checkpoint}; run p7_clevr/studies.py --output {path}")
     return rows
@@ -111,9 +113,7 @@ def build(folder, checkpoints, device, quick):
     checkpoints: the folder of scenes.pt and the graders, of the records of their trainings and of results.csv. quick:
     few steps.
     """
-    for name, maker in ("scenes.jsonl", "train.py"), ("results.csv", "studies.py"):
-        if not (checkpoints / name).exists():
-            raise UserError(f"there is no {checkpoints / name}; p7_clevr/{maker} makes it")
+    require_records(checkpoints, {"scenes.jsonl": "p7_clevr/train.py", "results.csv": "p7_clevr/studies.py --output"})
     checkpoint = checkpoints / "scenes.pt"
     content = load_checkpoint(checkpoint, "p7_clevr", ["recipe", "config"])
     model, alphas_cumprod = load_model(checkpoint, device)

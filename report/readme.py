@@ -101,10 +101,14 @@ def p4_numbers():
 
 
 def p5_numbers():
-    """2020's problem 2: of the GAN's faces, of other models' and of real ones, such as p5.gan.face_rate."""
-    rows = pd.read_csv(ROOT / "p5_gan/checkpoints/faces.csv")
-    decimals = dict(count=0, kid=1, frechet=3, diversity=2, face_rate=1, nearest=1)
-    rows = rows.assign(face_rate=100 * rows.face_rate, kid=1000 * rows.kid).drop_duplicates("name")
+    """2020's problem 2: of the GAN's faces, of other models' and of real ones, such as p5.gan.face_rate, and of other
+    recipes of the GAN, such as p5.recipe_public.kid."""
+    checkpoints = ROOT / "p5_gan/checkpoints"
+    recipes = pd.read_csv(checkpoints / "results.csv")
+    recipes = recipes.assign(name="recipe_" + recipes.recipe, images=recipes.images / 1e6)
+    rows = pd.concat([pd.read_csv(checkpoints / "faces.csv").drop_duplicates("name"), recipes])
+    rows = rows.assign(face_rate=100 * rows.face_rate, kid=1000 * rows.kid)
+    decimals = dict(count=0, kid=1, frechet=3, diversity=2, face_rate=1, nearest=1, seconds=0, images=1, steps=0)
     return {f"p5.{row['name']}.{name}": f"{row[name]:.{digits}f}"
             for _, row in rows.iterrows() for name, digits in decimals.items() if pd.notna(row.get(name))}
 

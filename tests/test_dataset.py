@@ -398,7 +398,9 @@ def make_sources(folder):
 
 def build(source, data, domains=build_dataset.DOMAINS, seed=0):
     for domain in domains:
-        build_dataset.build(domain, source, data, seed)
+        target = Path(data) / "digits" / domain
+        if not build_dataset.is_built(target):
+            build_dataset.build(domain, source, target, seed)
 
 
 def tree(folder):
@@ -646,7 +648,8 @@ def test_a_failing_download_says_what_to_do(public, tmp_path, monkeypatch):
 
     for name in ("MNIST", "USPS", "SVHN"):
         monkeypatch.setattr(f"torchvision.datasets.{name}", fetch(name))
-    monkeypatch.setattr(sys, "argv", ["x", "--download", "--source_dir", str(tmp_path / "new"), "--data_dir", "no"])
+    flags = ["--source_dir", str(tmp_path / "new"), "--data_dir", str(tmp_path / "no")]
+    monkeypatch.setattr(sys, "argv", ["x", "--download", *flags])
     monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_: asked.append("BSDS500"))
     with pytest.raises(UserError, match=r"cannot download SVHN \(no route to host\); put its files into .*new by hand"):
         build_dataset.main()
@@ -656,6 +659,11 @@ def test_a_failing_download_says_what_to_do(public, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="lacks USPS"):
         build_dataset.main()
     assert asked == ["USPS", "USPS"]
+    asked.clear()
+    for name in ("data", "train.csv", "val.csv"):
+        (tmp_path / "no/digits/usps" / name).mkdir(parents=True)
+    build_dataset.main()  # what is built needs no download
+    assert not asked
 
 
 def test_what_a_user_has_is_not_downloaded_again_and_one_domain_is_built_without_another(public, tmp_path, monkeypatch):

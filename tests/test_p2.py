@@ -535,12 +535,12 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, noises, unet_
             ([noises, "file", unet_pt], "file is a file"),
             ([noises, "out", "nowhere.pt"], "no checkpoint nowhere.pt"),
             ([noises, "out", "corrupt.pt"], "corrupt.pt is damaged"),
-            ([noises, "out", unet_pt, "--steps", 1001], "--steps 1001"),
             ([noises, "out", unet_pt, "--amp", "fp16"], "needs a GPU")]:
         with pytest.raises(UserError) as error:
             run_inference(monkeypatch, *arguments)
         assert message in str(error.value)
-    for arguments, message in [([noises, "out"], "required: checkpoint"), ([noises, "", unet_pt], "path is empty")]:
+    for arguments, message in [([noises, "out"], "required: checkpoint"), ([noises, "", unet_pt], "path is empty"),
+                               ([noises, "out", unet_pt, "--steps", 1001], "not an integer from 1 to 1000")]:
         with pytest.raises(SystemExit) as stop:
             run_inference(monkeypatch, *arguments)
         assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -437,7 +437,7 @@ def test_without_a_trained_network_one_sentence_says_so(tmp_path, monkeypatch):
     ([], "nothing would be written"), (["out", "--attribute", "Smiling"], "--attribute means nothing to sampling"),
     (["out", "--walk", "DATA", "--count", "7"], "--count means nothing to --walk"),
     (["out", "--reconstruct", "DATA", "--prior", "fitted"], "--prior means nothing to --reconstruct"),
-    (["--grid", "out.jpg", "--count", "8000"], "no room for 1000 images side by side"),
+    (["--grid", "out.jpg", "--count", "7937"], "no room for 993 images side by side"),
     (["--grid", "out.txt"], "must end in .png or .jpg"), (["--grid", "."], "must end in"),
     (["out", "--checkpoint", "nowhere.pt"], "no checkpoint nowhere.pt"),
     (["out", "--reconstruct", "DATA", "--count", "2", "--attribute", "Hairy"], "no attribute Hairy; it knows Smiling"),

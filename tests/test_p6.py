@@ -303,7 +303,7 @@ def test_resuming_is_bit_for_bit(learnt, pipeline, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--validation_prompt", "a sphere"], "lacks the new word <new1>"), (["--choose"], "give one"),
+    (["--validation_prompt", "a sphere"], "lacks the new word <new1>"), (["--choose", "CLIP"], "give one"),
     (["--guidance", 9], "give one"),
     (["--checkpoint", "nowhere"], "nowhere cannot be loaded as a Stable Diffusion pipeline")])
 def test_training_refuses_what_does_not_go_together(pictures, pipeline, tmp_path, flags, message):
@@ -353,6 +353,8 @@ def test_the_whole_path_to_the_scores(learnt, pipeline, clip, pictures, tmp_path
     for number in range(2):
         names = {file.name for file in (out / "0" / str(number)).iterdir()}
         assert names == {f"source0_prompt{number}_{n}.png" for n in range(25)}
+    with pytest.raises(UserError, match="not the tiny world's; name the references by --data_dir and a CLIP"):
+        call(evaluate, path, out, "--data_dir", pictures.parent)
     capsys.readouterr()
     call(evaluate, path, out, "--data_dir", pictures.parent, "--clip", clip)
     said = capsys.readouterr().out
@@ -393,7 +395,12 @@ def test_images_are_of_these_weights_wherever_they_lie(learnt, pipeline, tmp_pat
     weights = load_file(there / "unet/diffusion_pytorch_model.safetensors")
     save_file({name: 1.1 * value for name, value in weights.items()},
               there / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    assert all(time > first[name] for name, time in draw(there).items())
+    second = draw(there)
+    assert all(time > first[name] for name, time in second.items())
+    (tmp_path / "out/settings.json").unlink()  # images that nothing tells of may be anyone's
+    with pytest.raises(UserError, match="no .*settings.json says how it was made; move it away"):
+        draw(there)
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out/0/0").iterdir()} == second
 
 
 def test_each_entry_has_the_images_of_its_own_prompts(pipeline, tmp_path):

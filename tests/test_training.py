@@ -22,6 +22,7 @@ def flags(output_dir, *more):
     parser.add_argument("--output_dir", type=utils.nonempty_path)
     parser.add_argument("--data_dir", type=utils.nonempty_path)
     parser.add_argument("--width", type=int, nargs=2, default=[3, 4])
+    parser.add_argument("--plain", action="store_true")
     training.add_arguments(parser, epochs=3, batch_size=4, lr=0.1, warmup=2, weight_decay=0.01, ema=0.9, save_every=4)
     return parser.parse_args(["--output_dir", str(output_dir), "--device", "cpu", "--amp", "off", *more])
 
@@ -32,17 +33,17 @@ def network():
                          nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(16, 1))
 
 
-def train(output_dir, *more, stop=None, count=23):
+def train(output_dir, *more, stop=None, seed=1):
     """A training of three epochs of 5 steps on images of noise; interrupted after step `stop`. Returns its metrics."""
     args = flags(output_dir, *more)
     process, saved = training.start(args, "made_up")
-    images = torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(23, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
     per_epoch = training.steps_per_epoch(len(images), args.batch_size)
     total = args.epochs * per_epoch
     model = network()
     parts = training.make_parts(model, training.make_optimizers(model, args), process, saved)
     metrics, means = saved["metrics"] if saved else [], training.Means()
-    for step in training.steps(args, process, saved, total):
+    for step in training.steps(args, process, saved, total, images):
         x = images[training.batch_indices(step, len(images), args, process)]
         loss = (model(x + 0.1 * torch.randn_like(x)) - x.mean((1, 2, 3))[:, None]).square().flatten(1).mean(1)
         training.update(parts, loss.mean(), training.warmup_cosine(step, total, args.warmup),
@@ -89,15 +90,18 @@ def test_what_does_not_fit_the_training_that_is_there(tmp_path):
     train(tmp_path)
     with pytest.raises(UserError, match="holds a training already; add --resume or name another --output_dir"):
         train(tmp_path)
-    with pytest.raises(UserError, match=r"was trained with --lr 0.1 --width 3 4|--width 3 4 --lr 0.1"):
-        train(tmp_path, "--resume", "--lr", "0.2", "--width", "1", "2")
+    with pytest.raises(UserError, match="with --lr 0.1") as error:
+        train(tmp_path, "--resume", "--lr", "0.2", "--width", "1", "2", "--plain")
+    assert "with --width 3 4" in str(error.value) and "without --plain" in str(error.value)
     (tmp_path / "kept").mkdir()
     shutil.copy(tmp_path / "model.pt", tmp_path / "kept")  # by someone who needs no last.pt
     with pytest.raises(UserError, match="kept holds a training already; move it away or name another"):
         train(tmp_path / "kept")
+    with pytest.raises(UserError, match="move .*kept away and start without --resume"):
+        train(tmp_path / "kept", "--resume")
     assert train(tmp_path, "--resume", "--epochs", "4")[-1]["step"] == 20  # a finished one may be prolonged
-    with pytest.raises(UserError, match="was trained on another number of images than --data_dir holds"):
-        train(tmp_path, "--resume", "--epochs", "5", count=27)
+    with pytest.raises(UserError, match="was trained on other data than --data_dir holds"):
+        train(tmp_path, "--resume", "--epochs", "5", seed=2)
     (tmp_path / "last.pt").write_bytes(b"half")
     with pytest.raises(UserError, match="damaged.*; or move .* away and start without --resume"):
         train(tmp_path, "--resume")

@@ -222,7 +222,7 @@ def main():
     network = training.distribute(model, process)
     metrics, means = saved["metrics"] if saved else [], training.Means()
     training.announce(f"{len(inputs)} images", process, total, model)
-    for step in training.steps(args, process, saved, total):
+    for step in training.steps(args, process, saved, total, images):
         batch = training.batch_indices(step, len(inputs), args, process)
         random.seed(int(torch.randint(2**31, ())))
         with autocast(process.device, process.dtype):
