@@ -134,7 +134,8 @@ class UNet(nn.Module):
 
     x: (B, in_channel, H, W) with values about [-1, 1] plus noise, H and W divisible by 32. time: (B,) raw
     timesteps t = 0 ... 999, integer or float, not divided by T. `channel` (a multiple of 4) scales every width;
-    the course's network has 128. Raises ValueError for other widths and shapes.
+    the course's network has 128. The other arguments are the course's too, for who builds on them; no script sets them.
+    Raises ValueError for other widths and shapes.
     """
 
     def __init__(self, in_channel=3, channel=128, attn_heads=1, use_affine_time=False, dropout=0):

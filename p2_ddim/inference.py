@@ -26,7 +26,7 @@ from p2_ddim.ddim import T, ddim, stretch, timesteps
 from p2_ddim.model import load_model
 from UNet import STRIDE
 
-PIXELS = 256 * 256  # in a batch: as many keep every core busy, and more do not make an image cheaper
+PIXELS = 256 * 256  # in a batch: as many keep every core of a CPU busy, and more do not make an image cheaper
 
 
 def parse_args():
@@ -40,7 +40,8 @@ def parse_args():
     parser.add_argument("--eta", type=float_between(0, 1), default=0.0, help="noise per step: 0 none, 1 as DDPM")
     parser.add_argument("--seed", type=int_between(0), default=0, help="seed of that noise")
     parser.add_argument("--batch_size", type=int_between(1),
-                        help="images at a time; when not given, as many as together have the pixels of one of 256x256")
+                        help="images at a time; when not given, as many as together have the pixels of one of 256x256, "
+                        "on a GPU of 16")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     add_amp_argument(parser, "off")
     parser.add_argument("--skip_existing", action="store_true",
@@ -110,7 +111,7 @@ def main():
     targets = [output_dir / f"{path.stem}.png" for path in paths]
     # Sampling noise is keyed by a file's place in the folder, so neither batch nor --skip_existing changes an image.
     todo = [i for i, target in enumerate(targets) if not (args.skip_existing and is_whole_png(target))]
-    batch_size = args.batch_size or max(1, PIXELS // (height * width))
+    batch_size = args.batch_size or max(1, (16 if device.type == "cuda" else 1) * PIXELS // (height * width))
 
     def generate(batch):
         noise = torch.cat([load_noise(paths[i]) for i in batch]).to(device)
