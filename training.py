@@ -10,8 +10,8 @@
             log(metrics, means, step, per_epoch, args, parts, process)
             save(args.output_dir, parts, step, ...)    # by the process of rank 0
 
-Whatever a step does is a function of (seed, step, rank), so on a CPU --resume goes on bit for bit with nothing but the weights,
-the optimiser's state and the number of the step.
+Whatever a step does is a function of (seed, step, rank), so on a CPU --resume goes on bit for bit with nothing but the
+weights, the optimiser's state and the number of the step.
 """
 
 import copy
