@@ -270,7 +270,8 @@ def study(args, script, key, runs, measure):
         if subprocess.run(list(map(str, command))).returncode:
             raise UserError(f"the training in {folder} has failed, see above")
         table = record(output, key, measure(value, folder))
-    lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
+    cells = [["" if pd.isna(value) else str(value) for value in row] for row in table.values.tolist()]
+    lines = [list(table.columns), ["---"] * table.shape[1], *cells]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 

@@ -18,18 +18,18 @@ from utils import UserError, argument_parser, int_between, nonempty_path, pick_d
 
 from face_grader import Judge, read_generated, record, report
 from faces import add_arguments
-from files import check_output_file, other_rows
+from files import check_output_file, digest_of, other_rows
 from p5_gan.inference import generate
 from p5_gan.model import CHECKPOINT, load_model
 
 
-def judge_all(judge, sets):
+def judge_all(judge, sets, **about):
     """Yields (text for people, rows of the record so far) for each of {name: uint8 images (N, 3, 64, 64)}; the rows of
-    real faces, one for each N, come last."""
+    real faces, one for each N, come last. about: what the row of the generator holds beside its measures."""
     rows, real_rows = [], {}
     for name, images in sets.items():
         measures, real = judge(images)
-        rows.append(dict(name=name, count=len(images), **measures))
+        rows.append(dict(name=name, **(about if name == "gan" else {}), count=len(images), **measures))
         real_rows[len(images)] = dict(name="real", count=len(images), **real)
         yield f"{name}, {len(images)} images\n{report(measures, real)}", [*rows, *real_rows.values()]
 
@@ -58,7 +58,8 @@ def main():
         if len(sets[path.name]) < 2:
             raise UserError(f"{path} holds a single image; name a folder of more")
     judge = Judge(args.data_dir, not args.no_identity)
-    for text, rows in judge_all(judge, {"gan": generate(model, range(args.count), args.seed), **sets}):
+    sets = {"gan": generate(model, range(args.count), args.seed), **sets}
+    for text, rows in judge_all(judge, sets, checkpoint=digest_of(args.checkpoint)):
         print(text, flush=True)
         if args.output:
             record(args.output, "name", rows)

@@ -4,6 +4,7 @@ Spectral normalisation (Miyato et al. 2018) divides every weight of the discrimi
 needs no batch normalisation beside it.
 """
 
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -21,22 +22,34 @@ CHECKPOINT = Path(__file__).parent / "checkpoints/gan.pt"
 class Generator(nn.Module):
     """Images from latents: transposed convolutions, batch normalisation, ReLU; tanh at the end.
 
-    latents: the length L of z. channels: width at 32x32, which doubles at 16x16, 8x8 and 4x4.
+    latents: the length L of z. channels: width at 32x32, which doubles at 16x16, 8x8 and 4x4. modulated: whether scale
+    and shift after each normalisation are linear in z (Chen et al. 2019, "On self modulation for generative adversarial
+    networks", eq. 2), else they are the same for every image, as in DCGAN.
     """
 
-    def __init__(self, latents, channels):
+    def __init__(self, latents, channels, modulated=True):
         super().__init__()
         self.latents = latents
         widths = [8 * channels, 4 * channels, 2 * channels, channels]
-        layers = [nn.Linear(latents, 16 * widths[0], bias=False), nn.Unflatten(1, (widths[0], 4, 4)),
-                  nn.BatchNorm2d(widths[0]), nn.ReLU()]
-        for wide, narrow in zip(widths, widths[1:]):
-            layers += [nn.ConvTranspose2d(wide, narrow, 4, 2, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(channels, 3, 4, 2, 1), nn.Tanh())
+        self.first = nn.Sequential(nn.Linear(latents, 16 * widths[0], bias=False), nn.Unflatten(1, (widths[0], 4, 4)))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width, affine=not modulated) for width in widths)
+        self.modulations = nn.ModuleList(nn.Linear(latents, 2 * width) for width in widths if modulated)
+        self.layers = nn.ModuleList(nn.ConvTranspose2d(*pair, 4, 2, 1, bias=False) for pair in zip(widths, widths[1:]))
+        self.layers.append(nn.ConvTranspose2d(channels, 3, 4, 2, 1))
+        for modulation in self.modulations:  # a weak one at first
+            nn.init.normal_(modulation.weight, std=0.02)
+            nn.init.zeros_(modulation.bias)
 
     def forward(self, z):
         """float32 (B, 3, 64, 64) in [-1, 1] for standard normal z (B, L)."""
-        return self.layers(z).float()
+        x = self.first(z)
+        for norm, modulation, layer in zip_longest(self.norms, self.modulations, self.layers):
+            x = norm(x)
+            if modulation:
+                scale, shift = modulation(z)[:, :, None, None].chunk(2, dim=1)
+                x = x * (1 + scale) + shift
+            x = layer(F.relu(x))
+        return torch.tanh(x).float()
 
 
 class Discriminator(nn.Module):
@@ -67,7 +80,7 @@ def load_model(path, device="cpu"):
                         "p5_gan/train.py --data_dir FACES' and name it with --checkpoint p5_gan/output/model.pt")
     checkpoint = load_checkpoint(path, "p5_gan", ["config", "ema"])
     try:
-        model = Generator(checkpoint["config"]["latents"], checkpoint["config"]["channels"])
+        model = Generator(**checkpoint["config"])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(f"the checkpoint {path} does not describe a generator ({error}); fetch it again")
     load_weights(model, checkpoint["ema"], path)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from plots import BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, image_grid, plt, save
-from utils import UserError
 
 import pandas as pd
 import torch
@@ -19,6 +18,7 @@ from p5_gan.inference import generate
 from p5_gan.model import Discriminator, load_model
 from p5_gan.studies import RECIPES
 from report.layers import draw_chains, trace
+from report.records import require_records
 
 NOISES = Path(__file__).resolve().parents[1] / "p2_ddim/noise64"
 
@@ -27,9 +27,10 @@ def architecture(path, generator, discriminator):
     """Draws both players as one forward pass runs them; returns what PyTorch prints of them."""
     device = next(generator.parameters()).device
     z, x = torch.zeros(1, generator.latents, device=device), torch.zeros(1, 3, 64, 64)
-    layers = [*discriminator.layers, discriminator.last]
-    draw_chains(path, {"generator": ((generator.latents,), trace(generator.layers, lambda: generator(z))),
-                       "discriminator": ((3, 64, 64), trace(layers, lambda: discriminator(x)))})
+    players = {"generator": [*generator.first, *generator.layers],
+               "discriminator": [*discriminator.layers, discriminator.last]}
+    draw_chains(path, {"generator": ((generator.latents,), trace(players["generator"], lambda: generator(z))),
+                       "discriminator": ((3, 64, 64), trace(players["discriminator"], lambda: discriminator(x)))})
     return [str(generator), str(discriminator)]
 
 
@@ -68,10 +69,8 @@ def build(folder, chapters, device, quick):
     results.csv, and those of p4_vae and p2_ddim to stand beside it.
     """
     checkpoints = chapters / "p5_gan/checkpoints"
-    makers = {"metrics.jsonl": "train.py", "faces.csv": "evaluate.py --output", "results.csv": "studies.py --output"}
-    for name, maker in makers.items():
-        if not (checkpoints / name).exists():
-            raise UserError(f"there is no {checkpoints / name}; p5_gan/{maker} makes it")
+    require_records(checkpoints, {"metrics.jsonl": "p5_gan/train.py", "faces.csv": "p5_gan/evaluate.py --output",
+                                  "results.csv": "p5_gan/studies.py --output"})
     metrics = read_jsonl(checkpoints / "metrics.jsonl")
     generator = load_model(checkpoints / "gan.pt", device)
     content = load_checkpoint(checkpoints / "gan.pt", "p5_gan", ["recipe", "config"])

@@ -18,6 +18,7 @@ import face_grader
 import training
 from conftest import call
 from faces import face_source, read_faces
+from files import digest_of
 from p5_gan import evaluate, inference, studies, train
 from p5_gan.augment import DiffAugment, colour, cutout, translation
 from p5_gan.losses import LOSSES
@@ -60,11 +61,32 @@ def test_spectral_norm_makes_the_largest_singular_value_one():
         assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, rel=0.01)
 
 
-def test_shapes_and_ranges():
+@pytest.mark.parametrize("modulated", [True, False])
+def test_shapes_and_ranges(modulated):
     torch.manual_seed(0)
-    images = Generator(8, 2)(torch.randn(3, 8))
+    images = Generator(8, 2, modulated)(torch.randn(3, 8))
     assert images.shape == (3, 3, 64, 64) and images.abs().max() <= 1
     assert Discriminator(2)(images).shape == (3,)
+
+
+@torch.no_grad()
+def test_modulation_is_an_affine_map_of_each_image_that_follows_its_latents():
+    torch.manual_seed(0)
+    ours, plain = Generator(8, 2), Generator(8, 2, modulated=False)
+    for modulation in ours.modulations:
+        modulation.weight.zero_()
+        modulation.bias.normal_()
+    ours.modulations[-1].weight.normal_()
+    plain.load_state_dict(ours.state_dict(), strict=False)  # all but the affine maps
+    z = torch.randn(5, 8)
+    images = ours(z)
+    for i, image in enumerate(images):
+        for modulation, norm in zip(ours.modulations, plain.norms, strict=True):
+            scale, shift = modulation(z[i]).chunk(2)
+            norm.weight.copy_(1 + scale)
+            norm.bias.copy_(shift)
+        torch.testing.assert_close(plain(z)[i], image)
+    assert torch.unique(images, dim=0).shape == images.shape
 
 
 # --- Augmentation -------------------------------------------------------------------------------
@@ -254,7 +276,8 @@ def test_two_processes_agree_on_the_share(tmp_path, torchrun):
     assert done.stdout.count("share 0.50008") == 2  # alone, the first would go down; 8 images of 100,000 count
 
 
-def test_the_study_trains_each_recipe_with_its_flags_and_keeps_other_rows(data, trained, tmp_path, monkeypatch):
+def test_the_study_trains_each_recipe_with_its_flags_and_keeps_other_rows(data, trained, tmp_path, monkeypatch,
+                                                                                capsys):
     commands = []
 
     def run(command):
@@ -268,9 +291,12 @@ def test_the_study_trains_each_recipe_with_its_flags_and_keeps_other_rows(data, 
         call(studies, *flags)
     assert not commands
     monkeypatch.setattr(studies, "Judge", lambda sources: lambda images: (dict.fromkeys(studies.MEASURES, 0.5), {}))
-    call(studies, *flags, "--recipes", "narrow", "public")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/results.csv").write_text("recipe,checkpoint,count\nmine,,7\n")
+    call(studies, *flags, "--recipes", "public", "hinge")
     call(studies, *flags)
-    assert pd.read_csv(tmp_path / "out/results.csv").recipe.tolist() == list(studies.RECIPES)
+    assert "\n| mine |  | 7 |" in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / "out/results.csv").recipe.tolist() == ["mine", *studies.RECIPES]
     resumed = [command[:-1] for command in commands[2:] if command[-1] == "--resume"]
     assert resumed == commands[:2]  # with the same flags, or train.py would refuse
 
@@ -285,8 +311,8 @@ def test_an_interrupted_study_keeps_the_rows_it_has(data, trained, tmp_path, mon
     monkeypatch.setattr(studies, "Judge", lambda sources: lambda images: (dict.fromkeys(studies.MEASURES, 0.5), {}))
     with pytest.raises(KeyboardInterrupt):
         call(studies, "--data_dir", data, "--output_dir", tmp_path, "--output", tmp_path / "new/rows.csv", "--count", 2,
-             "--recipes", "ours", "no_augment", "public")
-    assert pd.read_csv(tmp_path / "new/rows.csv").recipe.tolist() == ["ours", "no_augment"]
+             "--recipes", "ours", "short", "public")
+    assert pd.read_csv(tmp_path / "new/rows.csv").recipe.tolist() == ["ours", "short"]
 
 
 def test_a_part_is_studied_by_one_change(monkeypatch):
@@ -295,10 +321,10 @@ def test_a_part_is_studied_by_one_change(monkeypatch):
         return training.recipe(train.parse_args())
     changed = {name: {flag for flag, value in flags(name).items() if value != flags("ours")[flag]}
                for name in studies.RECIPES}
-    assert changed.pop("ours") == set() and changed["no_augment"] == {"no_augment"}
-    assert changed["no_ema"] == {"ema"} and changed["cross_entropy"] == {"loss"}
-    assert changed["public"] == {"loss", "no_augment", "ema", "batch_size", "lr", "epochs"}
-    assert changed["narrow"] == {"channels", "batch_size", "lr", "epochs"}
+    assert changed["ours"] == set() and changed["short"] == {"epochs"}
+    assert changed["short_no_modulation"] == {"epochs", "no_modulation"}
+    assert changed["public"] == {"no_modulation", "no_augment", "ema", "channels", "batch_size", "epochs"}
+    assert changed["hinge"] == {"no_modulation", "loss", "channels", "batch_size", "lr", "epochs"}
 
 
 def test_both_players_learn_and_the_average_follows(data, trained, tmp_path):
@@ -317,7 +343,7 @@ def test_both_players_learn_and_the_average_follows(data, trained, tmp_path):
 
 
 def test_other_recipes_and_a_dry_run(data, tmp_path, capsys):
-    flags = ["--loss", "cross_entropy", "--no_augment", "--ema", 0, "--epochs", 1]
+    flags = ["--loss", "hinge", "--no_augment", "--no_modulation", "--ema", 0, "--epochs", 1]
     call(train, *tiny(data, tmp_path / "out", *flags))
     saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
     assert all(torch.equal(saved["model"][name], value) for name, value in saved["ema"].items())
@@ -358,6 +384,7 @@ def test_other_models_faces_are_judged_and_recorded(data, trained, tmp_path, mon
     call(evaluate, *flags, "--others", data, "--output", tmp_path / "new/faces.csv")
     table = pd.read_csv(tmp_path / "new/faces.csv")
     assert table.name.tolist() == ["gan", data.name, "real", "real"] and table["count"].tolist() == [30, 20, 30, 20]
+    assert table.checkpoint.fillna("").tolist() == [digest_of(trained / "model.pt"), "", "", ""]
     pictures = np.stack([np.asarray(Image.open(path)) for path in data.iterdir()])
     assert table.face_rate[1] == pytest.approx(pictures.mean() / 255, abs=1e-3) and table.face_rate[3] == 0.2
     assert f"{data.name}, 20 images" in capsys.readouterr().out
@@ -370,9 +397,17 @@ def test_other_models_faces_are_judged_and_recorded(data, trained, tmp_path, mon
         call(evaluate, *flags, "--others", tmp_path / "real")
 
 
+def test_the_committed_results_are_those_of_the_committed_checkpoint():
+    folder = ROOT / "p5_gan/checkpoints"
+    for name, key, shipped in ("results.csv", "recipe", "ours"), ("faces.csv", "name", "gan"):
+        rows = pd.read_csv(folder / name, dtype=dict(checkpoint=str)).set_index(key)
+        assert rows.checkpoint[shipped] == digest_of(folder / "gan.pt")
+    assert set(rows.index) == {"gan", "vae_normal", "vae_fitted", "ddim", "real"}
+
+
 def test_weights_with_nan_are_refused(trained, tmp_path):
     content = torch.load(trained / "model.pt", weights_only=True)
-    content["ema"]["layers.0.weight"].fill_(float("nan"))
+    content["ema"]["first.0.weight"].fill_(float("nan"))
     torch.save(content, tmp_path / "nan.pt")
     with pytest.raises(UserError, match="hold NaN"):
         load_model(tmp_path / "nan.pt")
@@ -392,5 +427,6 @@ def test_the_wrapper_writes_a_grid(trained, tmp_path):
     assert done.returncode == 0 and done.stdout == "32 images in a dir/out.jpg\n", done.stderr
     with Image.open(tmp_path / "a dir/out.jpg") as picture:
         assert picture.format == "JPEG" and picture.size == (8 * 66 + 2, 4 * 66 + 2)
-    with pytest.raises(UserError, match="must end in .png or .jpg"):
-        call(inference, "--grid", tmp_path / "out.txt")
+    for name, count, message in (("out.txt", 32, "must end in .png or .jpg"), ("out.jpg", 9000, "no room for 1125")):
+        with pytest.raises(UserError, match=message):
+            call(inference, "--grid", name, "--count", count)

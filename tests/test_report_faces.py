@@ -106,7 +106,7 @@ def test_missing_records_are_told(tmp_path, faces, monkeypatch):
 
 def test_the_drawing_follows_the_modules():
     generator, discriminator = Generator(8, 2), Discriminator(2)
-    drawn = trace(generator.layers, lambda: generator(torch.randn(2, 8)))
+    drawn = trace([*generator.first, *generator.layers], lambda: generator(torch.randn(2, 8)))
     assert [shape for _, _, shape in drawn] == [(256,), (8, 8, 8), (4, 16, 16), (2, 32, 32), (3, 64, 64)]
     assert drawn[1][1] == "4×4, /2"
     layers = [*discriminator.layers, discriminator.last]
