@@ -14,6 +14,7 @@ from PIL import Image
 from files import save_checkpoint
 from p4_vae.model import VAE
 from p5_gan.model import Discriminator, Generator
+from p5_gan.studies import RECIPES
 from report import build, p5
 from report.layers import trace
 from UNet import UNet
@@ -52,8 +53,8 @@ def chapters(tmp_path_factory):
     names = "gan", "vae_normal", "vae_fitted", "ddim", "real"
     pd.DataFrame([dict(name=name, count=100, **MEASURES) for name in names]).to_csv(
         root / "p5_gan/checkpoints/faces.csv", index=False)
-    pd.DataFrame([dict(recipe=name, count=100, seconds=60, images=1280, **MEASURES)
-                  for name in ("ours", "narrow", "public")]).to_csv(
+    recipes = [dict(recipe=name, count=100, seconds=60, steps=10, images=1280, **MEASURES) for name in RECIPES]
+    pd.DataFrame(recipes).to_csv(
         root / "p5_gan/checkpoints/results.csv", index=False)
     (root / "p2_ddim/checkpoints").mkdir(parents=True)
     save_checkpoint(root / "p2_ddim/checkpoints/face64.pt", kind="p2_ddim", config=dict(channel=8, size=64),
