@@ -80,12 +80,12 @@ def build(folder, chapters, device, quick):
     faces = generate(generator, range(32), 0)
     image_grid(folder / "p5_samples.svg", faces, 8, width=4)
     side_by_side(folder / "p5_models.svg", chapters, device, faces, quick)
-    rows = pd.read_csv(checkpoints / "faces.csv").to_dict("records")
-    recipes = pd.read_csv(checkpoints / "results.csv").to_dict("records")
+    rows, recipes = (json.loads(pd.read_csv(checkpoints / name).to_json(orient="records"))
+                     for name in ("faces.csv", "results.csv"))
     for row in recipes:
         flags = RECIPES.get(row["recipe"], [])
         row["channels"] = dict(zip(flags, flags[1:])).get("--channels", content["config"]["channels"])
     return dict(parameters=[sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)],
                 printed=printed, recipe=content["recipe"], config=content["config"], epochs=metrics[-1]["epoch"],
                 steps=metrics[-1]["step"], minutes=sum(row["seconds"] for row in metrics) / 60, first=metrics[0],
-                last=metrics[-1], recipes=recipes, faces=json.loads(pd.DataFrame(rows).to_json(orient="records")))
+                last=metrics[-1], recipes=recipes, faces=rows)

@@ -51,9 +51,11 @@ def chapters(tmp_path_factory):
                  seconds=60) for step in (1, 2, 3, 4)]
     save(root / "p5_gan/checkpoints", "gan.pt", "p5_gan", Generator(**config), config, rows)
     names = "gan", "vae_normal", "vae_fitted", "ddim", "real"
-    pd.DataFrame([dict(name=name, count=100, **MEASURES) for name in names]).to_csv(
+    pd.DataFrame([dict(name=name, checkpoint="" if name == "real" else "ab", count=100, **MEASURES)
+                  for name in names]).to_csv(
         root / "p5_gan/checkpoints/faces.csv", index=False)
-    recipes = [dict(recipe=name, count=100, seconds=60, steps=10, images=1280, **MEASURES) for name in RECIPES]
+    recipes = [dict(recipe=name, checkpoint="ab" if name == "ours" else "", count=100, seconds=60, steps=9,
+                    images=1280, **MEASURES) for name in RECIPES]
     pd.DataFrame(recipes).to_csv(
         root / "p5_gan/checkpoints/results.csv", index=False)
     (root / "p2_ddim/checkpoints").mkdir(parents=True)
