@@ -50,14 +50,14 @@ def parse_args():
 
 
 def find_noises(folder):
-    """The .pt files of `folder`, sorted by name; says which other files it passes over.
+    """The .pt files of `folder`, sorted by name; says which others it passes over that are not hidden.
 
     UserError when there are none, or when they are not all noises of one shape.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name the one that holds the noise files")
     paths = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix == ".pt" and not p.name.startswith("."))
-    others = sorted({p.name for p in folder.iterdir()} - {p.name for p in paths})
+    others = sorted(p.name for p in folder.iterdir() if p not in paths and not p.name.startswith("."))
     if others:
         print(f"passed over in {folder}: {some(others)}", file=sys.stderr)
     if not paths:
