@@ -27,7 +27,7 @@ from utils import UserError, nonempty_path
 
 SIZE = 64
 PADDING = 2  # black pixels around each face of a grid
-JPEG = (".jpg", ".jpeg")
+JPEG, JPEG_SIDE = (".jpg", ".jpeg"), 65_500  # their suffixes, and libjpeg's JPEG_MAX_DIMENSION
 VALIDATION = range(8001, 9001)  # the faces that no train.py uses; numbers for which CelebA's attributes are known
 
 
@@ -140,7 +140,7 @@ def check_picture(path, longest=1):
     images as `longest` in a row or a column; makes its folder if need be."""
     if path.suffix.lower() not in (".png", *JPEG) and not is_stream(path):
         raise UserError(f"the picture {path} must end in .png or .jpg; name another file")
-    if path.suffix.lower() in JPEG and longest * (SIZE + PADDING) + PADDING > 65_500:
+    if path.suffix.lower() in JPEG and longest * (SIZE + PADDING) + PADDING > JPEG_SIDE:
         raise UserError(f"a JPEG has no room for {longest} images side by side; name a .png, or lower --count")
     check_output_file(path)
 

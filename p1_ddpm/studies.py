@@ -158,13 +158,14 @@ def main():
                  precision=str(dtype or torch.float32).removeprefix("torch."),
                  graders=" ".join(digest_of(path) for path in (*CHECKPOINTS.values(), PANEL)))
     flags = dict(sampling_of(args)._asdict(), seed=args.seed, weights=args.weights, per_class=args.per_class)
-    domains, tables = domains_of(args.checkpoint), {name: settings(name, len(alphas_cumprod) - 1, flags)
-                                                    for name in args.tables}
+    domains = domains_of(args.checkpoint)
+    tables = {name: settings(name, len(alphas_cumprod) - 1, flags) for name in args.tables}
+    wanted = list(itertools.chain(*tables.values()))
     if "domains" in tables and len(domains) < 2:
         raise UserError(f"--tables domains needs a network of several, and {args.checkpoint} is of {domains[0]} alone")
-    for setting in itertools.chain(*tables.values()):  # what does not fit together is told now
+    for setting in wanted:  # what does not fit together is told now
         visited_timesteps(sampling_in(setting), alphas_cumprod)
-    for weights in sorted({setting["weights"] for setting in itertools.chain(*tables.values())}):
+    for weights in sorted({setting["weights"] for setting in wanted}):
         load_model(args.checkpoint, weights=weights)
     check_output_file(args.output)
     lock(args.output.parent)  # two runs at once would overwrite each other's rows

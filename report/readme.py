@@ -108,7 +108,7 @@ def p5_numbers():
     recipes = recipes.assign(name="recipe_" + recipes.recipe, images=recipes.images / 1e6)
     rows = pd.concat([pd.read_csv(checkpoints / "faces.csv").drop_duplicates("name"), recipes])
     rows = rows.assign(face_rate=100 * rows.face_rate, kid=1000 * rows.kid)
-    decimals = dict(count=0, kid=1, frechet=3, diversity=2, face_rate=1, nearest=1, seconds=0, images=1, steps=0)
+    decimals = dict(count=0, kid=1, frechet=4, diversity=2, face_rate=1, nearest=1, seconds=0, images=1, steps=0)
     return {f"p5.{row['name']}.{name}": f"{row[name]:.{digits}f}"
             for _, row in rows.iterrows() for name, digits in decimals.items() if pd.notna(row.get(name))}
 

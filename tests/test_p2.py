@@ -429,7 +429,7 @@ def test_flags_set_an_image_but_batch_size_and_interruption_do_not(tmp_path, noi
     flags = (unet_pt, "--steps", 3, "--eta", 1, "--seed", 4)
     run_inference(monkeypatch, noises, tmp_path / "four", *flags)
     run_inference(monkeypatch, noises, tmp_path / "three", *flags, "--batch_size", 3)
-    monkeypatch.setattr(inference, "PIXELS", 2 * 32 * 32)
+    monkeypatch.setitem(inference.PIXELS, "cpu", 2 * 32 * 32)
     run_inference(monkeypatch, noises, tmp_path / "two", *flags)
     assert batches == [4, 3, 1, 2, 2]
     four, three, two = (read_pngs(tmp_path / name) for name in ("four", "three", "two"))
