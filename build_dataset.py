@@ -114,19 +114,30 @@ def read(path, reader):
 
 # --- Finding them -------------------------------------------------------------------------------
 
-def find_all(source_dir, *patterns):
-    """The files below `source_dir`, linked folders too, that match a pattern in lower case; the first pattern's first.
+def walk(source_dir):
+    """Yields (folder, names of files) of every folder below `source_dir`, linked ones too, each once.
 
-    Hidden files and unfinished downloads are left out, with all that lies in a folder of such a name. UserError when
-    such files lie in several folders: other data sets (Fashion-MNIST) use MNIST's file names.
+    Hidden files and unfinished downloads are left out, with all that lies in a folder of such a name.
     """
-    def unfit(name):
-        return re.search(r"^\.|\.(crdownload|download|part|partial)$", name.lower())
+    def fit(names):
+        return [name for name in names if not re.search(r"^\.|\.(crdownload|download|part|partial)$", name.lower())]
 
-    paths = []
+    seen = set()
     for folder, folders, names in os.walk(source_dir, followlinks=True):
-        folders[:] = [name for name in folders if not unfit(name)]
-        paths += [Path(folder, name) for name in names if not unfit(name)]
+        if os.path.realpath(folder) in seen:  # a link leads back here
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = fit(folders)
+        yield folder, fit(names)
+
+
+def find_all(source_dir, *patterns):
+    """The files below `source_dir`, see `walk`, that match a pattern in lower case; the first pattern's first.
+
+    UserError when they lie in several folders: other data sets (Fashion-MNIST) use MNIST's file names.
+    """
+    paths = [Path(folder, name) for folder, names in walk(source_dir) for name in names]
     files = [path for pattern in patterns for path in sorted(paths)
              if PurePosixPath(path.as_posix().lower()).match(pattern) and path.is_file()]
     folders = sorted({str(file.parent) for file in files})
@@ -142,7 +153,7 @@ def find(source_dir, *patterns):
 
 def missing(source_dir, what, word):
     """The UserError for a data set that is not there; it names the files whose names hold `word` and are not read."""
-    names = {name for _, _, names in os.walk(source_dir, followlinks=True) for name in names if word in name.lower()}
+    names = {name for _, names in walk(source_dir) for name in names if word in name.lower()}
     others = f" (found, but not read: {some(sorted(names))})" if names else ""
     return UserError(f"{source_dir} lacks {what}{others}; put it there or fetch it with --download")
 

@@ -84,7 +84,8 @@ def eight_bits(values):
     """
     low, high = values.min(), values.max()
     if values.dtype.kind != "f":
-        return (values.astype(np.int64) >> max(0, int(high).bit_length() - 1) // 8 * 8).clip(0).astype(np.uint8)
+        shift = max(0, int(high).bit_length() - 1) // 8 * 8
+        return (values.astype(np.int64) >> shift).clip(0).astype(np.uint8)
     if not np.isfinite([low, high]).all():
         raise ValueError("it holds NaN or infinity")
     if low < 0 or high > 255:
@@ -268,6 +269,8 @@ def load_digits(csv_path, image_dir, labelled=True, choose=None):
                             "add the image or remove the row")
     wanted = set(choose(names) if choose else names)
     rows = [row for row, name in enumerate(names) if name in wanted]
+    if not rows:
+        raise UserError(f"{csv_path} holds too few images to set a fifth of them aside; name another folder")
     names, labels = [names[row] for row in rows], labels[rows] if labelled else None
 
     def stop(index, error):

@@ -89,7 +89,8 @@ def load_panel(path=PANEL, device="cpu"):
 def _classifier(content, path, device):
     """The network whose weights are somewhere in `content`, which was read from `path`; their shapes tell its width."""
     weights = find_weights(content, Classifier().state_dict(), path)
-    model = Classifier(max(1, len(weights.get("conv1.weight", ())) // 6))
+    filters = weights.get("conv1.weight", torch.empty(0))
+    model = Classifier(max(1, sum(filters.shape[:1]) // 6))
     load_weights(model, weights, path)
     return model.to(device).eval()
 
@@ -230,8 +231,6 @@ def train(args, device):
     splits = [[values.to(device) for values in load_split(args.train, domain, split)[:2]]
               for split in ("train", "val")]
     epochs = args.epochs or (4 if args.panel else 60)
-    if not len(splits[0][0]):
-        raise UserError(f"{args.train} holds no digits of {domain} to train on; name another folder")
     if args.panel:
         weights = [train_plainly(splits, epochs, args.seed + i) for i in range(args.panel)]
         content = {"panel": [{name: value.half() for name, value in grader.items()} for grader in weights]}

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from dataset import read_image_source, read_rgb
 from digit_classifier import frechet_distance
 from faces import PADDING, SIZE, add_arguments, read_faces, split_faces
-from files import check_output_file, other_rows, write_atomic
+from files import check_output_file, markdown_table, other_rows, write_atomic
 
 # Where an aligned face is, as dlib crops it for its network of identities: pixels left, top, right, bottom of 64. One
 # place for all, so a face that is out of place counts as an odd one.
@@ -270,9 +270,8 @@ def study(args, script, key, runs, measure):
         if subprocess.run(list(map(str, command))).returncode:
             raise UserError(f"the training in {folder} has failed, see above")
         table = record(output, key, measure(value, folder))
-    cells = [["" if pd.isna(value) else str(value) for value in row] for row in table.values.tolist()]
-    lines = [list(table.columns), ["---"] * table.shape[1], *cells]
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    print(markdown_table(table.columns, [["" if pd.isna(value) else value for value in row]
+                                         for row in table.values.tolist()]))
 
 
 def record(path, key, rows):

@@ -147,12 +147,11 @@ def check_picture(path, longest=1):
 
 def save_grid(path, images, columns=8):
     """Writes uint8 images (N, 3, H, W) in rows of `columns` as one picture, a JPEG or else a PNG by the suffix."""
-    pixels = make_grid(images, nrow=columns, padding=PADDING).permute(1, 2, 0).numpy()
+    grid = make_grid(images, nrow=columns, padding=PADDING)
+    if path.suffix.lower() not in JPEG:
+        return save_png(path, grid)
     buffer = io.BytesIO()
-    if path.suffix.lower() in JPEG:
-        Image.fromarray(pixels).save(buffer, format="JPEG", quality=95, subsampling=0)
-    else:
-        Image.fromarray(pixels).save(buffer, format="PNG")
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(buffer, format="JPEG", quality=95, subsampling=0)
     write_atomic(path, buffer.getvalue())
 
 

@@ -71,6 +71,11 @@ def other_rows(path, key, values=(), dtype=None):
         raise UserError(f"{path} is no table with a column {key} ({error}); name another --output")
 
 
+def markdown_table(header, rows):
+    """A Markdown table as text, of the lists of cells `header` and `rows`."""
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (header, ["---"] * len(header), *rows))
+
+
 def lock(folder):
     """UserError when another living run writes into `folder`; held until this process ends or locks another one."""
     try:
@@ -110,7 +115,7 @@ def read_json(path):
         raise UserError(f"there is no {path}; check the path")
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, zipfile.BadZipFile) as error:
+    except (ValueError, RecursionError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no JSON file ({error}); mend it, or fetch it again")
 
 
@@ -127,7 +132,7 @@ def write_atomic(path, data, durable=False):
     """
     stream, descriptor = is_stream(path), _descriptor(path)
     target = Path(os.path.realpath(path))
-    temporary = path if stream else target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
+    temporary = path if stream else target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}")
     try:
         if descriptor is not None:
             sys.stdout.flush()

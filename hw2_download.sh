@@ -26,6 +26,7 @@ download() {  # ADDRESS FILE
 }
 
 if [ "${1:-}" = --update ]; then
+    [ -w . ] || { echo "$PWD cannot be written to; --update is for a copy of yours" >&2; exit 2; }
     with_address="$(awk -F, 'NR > 1 && $4 != "in the repository"' "$manifest")"
     {
         echo "path,bytes,sha256,address"

@@ -86,7 +86,8 @@ def embed(features, seed=0):
     """(N, 2): scikit-learn's t-SNE (van der Maaten and Hinton 2008) of the rows of `features` (N, D)."""
     from sklearn.manifold import TSNE  # here, because it takes seconds to load
     perplexity = min(30, (len(features) - 1) / 3)
-    return TSNE(init="pca", learning_rate="auto", perplexity=perplexity, random_state=seed).fit_transform(features)
+    tsne = TSNE(init="pca", learning_rate="auto", perplexity=perplexity, random_state=seed % 2**32)
+    return tsne.fit_transform(features)
 
 
 def draw_digits(axes, points, digits):

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from files import load_checkpoint, lock, make_output_dir, save_checkpoint, save_png, write_jsonl
-from utils import UserError, add_amp_argument, amp_dtype, cpu_has_bfloat16, float_between, int_between, pick_device
+from utils import UserError, add_amp_argument, amp_dtype, float_between, int_between, pick_device
 
 # Flags that say where and how a training runs; what comes out depends on the content of data_dir, not on its name.
 NOT_RECIPE = ("data_dir", "attributes", "output_dir", "resume", "dry_run", "device", "amp", "save_every",
@@ -194,7 +194,7 @@ def announce(data, process, total, *models):
 # --- At a step ----------------------------------------------------------------------------------
 
 def seed_all(*keys):
-    """Seeds PyTorch's generators on every device from the non-negative integers `keys`."""
+    """Seeds PyTorch's generators on every device from the integers `keys`, at least 0, less zeros at their end."""
     torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1)[0]))
 
 
@@ -270,7 +270,7 @@ def update(parts, loss, lr_factor, decay, clip=1.0):
         parts.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parts.model.parameters(), clip or math.inf)
     # The scaler asks each optimiser's gradients alone, but clipping has carried one's overflow of float16 into all.
-    if norm.isfinite() or not parts.scaler.is_enabled():
+    if not parts.scaler.is_enabled() or norm.isfinite():
         for optimizer in parts.optimizers:
             parts.scaler.step(optimizer)
     parts.scaler.update()
@@ -333,7 +333,7 @@ def orthogonalise(matrix, iterations=5):
     Newton-Schulz iteration with the quintic of Jordan et al. 2024; in bfloat16, which it forgives, where that is fast.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    low = torch.bfloat16 if matrix.is_cuda or cpu_has_bfloat16() else torch.float32
+    low = torch.bfloat16 if amp_dtype("auto", matrix.device) == torch.bfloat16 else torch.float32
     x = (matrix / (matrix.norm() + 1e-7)).to(low)
     wide = x if x.shape[0] <= x.shape[1] else x.T
     for _ in range(iterations):

@@ -84,7 +84,7 @@ def run(main):
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
                     raise
-                raise UserError(f"{(str(error) or 'out of memory').splitlines()[0]}; try a smaller --batch_size")
+                raise UserError(f"{(str(error) or 'out of memory').splitlines()[0]}; free some or lower --batch_size")
             sys.stdout.flush()
             if sys.stdout.error:
                 raise sys.stdout.error
@@ -211,8 +211,8 @@ def require_finite(values, names):
     """`values` (B, ...) as they are; UserError with the first of the B `names` whose values hold NaN or infinity."""
     finite = values.flatten(1).isfinite().all(dim=1).tolist()
     if not all(finite):
-        raise UserError(f"{names[finite.index(False)]} comes out as NaN: the weights are broken, or a precision "
-                        "that --amp has chosen is too low for them; try another --checkpoint")
+        raise UserError(f"{names[finite.index(False)]} comes out as NaN: the weights are broken, or too large for a "
+                        "low precision; try --amp off where there is --amp, or other weights")
     return values
 
 

@@ -67,6 +67,8 @@ class Judge:
         self.panel = load_panel() if domain == "mnistm" else [self.classifier]
         self.train_images, self.train_labels, _ = load_split(data_dir, domain, "train")
         self.val_images, self.val_labels, _ = load_split(data_dir, domain, "val")
+        if min(len(self.train_images), len(self.val_images)) < 2:
+            raise UserError(f"{data_dir} holds a single training or validation digit of {domain}; name one with more")
         self.val_features, _ = classify(self.classifier, self.val_images)
         self.train_features, _ = classify(self.classifier, self.train_images)
 
@@ -131,8 +133,8 @@ def report(measures):
     lines.append(f"nearest training image, root mean square in grey levels: median {generated.median():.1f}, "
                  f"smallest {generated.min():.1f}; real validation digits: median {real.median():.1f}, "
                  f"smallest {real.min():.1f}")
-    lines.append(f"copies            {100 * measures['copies_generated']:.2g} %   real validation digits "
-                 f"{100 * measures['copies_real']:.2g} %")
+    lines.append(f"copies            {100 * measures['copies_generated']:.3g} %   real validation digits "
+                 f"{100 * measures['copies_real']:.3g} %")
     return "\n".join(lines)
 
 

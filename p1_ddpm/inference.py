@@ -107,29 +107,40 @@ def sample_grid(model, alphas_cumprod, condition, columns):
     return make_grid(to_uint8((images + 1) / 2).cpu(), nrow=columns, padding=1)
 
 
-def generate(model, alphas_cumprod, numbers, sampling, seed, device, batch_size=125, keep=(), dtype=None):
-    """Yields (numbers, images, states) batch by batch for the list `numbers` of (label, number) pairs.
+def generate(model, alphas_cumprod, keys, conditions, sampling, seed, device, batch_size=125, keep=(), sample=sample,
+             **options):
+    """Yields (keys, images, states) batch by batch under `conditions` (N, ...), with the list `keys` of N integers.
 
     images: uint8 (B, C, H, W) on the CPU. states: {t: images at timestep t} for those in `keep`, which the sampler has
-    to visit. An image's noise is keyed by (seed, 1000 label + number), so neither its batch nor the other numbers
-    change it. UserError when an image comes out as NaN.
+    to visit. An image's noise is keyed by (seed, its key), so neither its batch nor the other images change it.
+    `sample` and its `options`: this chapter's, or one with its arguments. UserError when an image comes out as NaN.
     """
     def images_of(batch):
-        generators = image_generators(seed, [1000 * label + number for label, number in batch])
+        bar.n = finished * sampling.steps  # counted anew when a batch that was too large is tried again
+        keys, conditions = zip(*batch)
+        generators = image_generators(seed, keys)
         x = randn(generators, model.image_shape, device)
         states = {len(alphas_cumprod) - 1: x}
-        labels = torch.tensor([label for label, _ in batch], device=device)
-        for t, x in sample(model, alphas_cumprod, labels, x, generators, sampling, dtype):
+        for t, x in sample(model, alphas_cumprod, torch.stack(conditions).to(device), x, generators, sampling,
+                           **options):
             if t in keep:
                 states[t] = x
             bar.update(len(batch))
-        require_finite(x, [file_name(*pair) for pair in batch])
+        require_finite(x, [f"image {key}" for key in keys])
         return to_uint8((x + 1) / 2).cpu(), {t: to_uint8((states[t] + 1) / 2).cpu() for t in keep}
 
-    with tqdm(total=len(numbers) * sampling.steps, desc="sampling", unit="image-step", unit_scale=True,
+    finished, jobs = 0, list(zip(keys, conditions))
+    with tqdm(total=len(jobs) * sampling.steps, desc="sampling", unit="image-step", unit_scale=True,
               disable=None) as bar:
-        for batch, (images, states) in in_batches(images_of, numbers, batch_size):
-            yield batch, images, states
+        for batch, (images, states) in in_batches(images_of, jobs, batch_size):
+            finished += len(batch)
+            yield [key for key, _ in batch], images, states
+
+
+def digits(classes, per_class):
+    """(keys, labels): 1000 label + number of the images 1 to `per_class` of each class, and their labels, (N,)."""
+    keys = [1000 * label + number for label in range(classes) for number in range(1, per_class + 1)]
+    return keys, torch.tensor(keys) // 1000
 
 
 def domains_of(checkpoint):
@@ -150,7 +161,7 @@ def parse_args():
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the noise")
     parser.add_argument("--per_class", type=int_between(1, 999),  # names and keys of noise have three digits
-                        help="images of each class, at most 999; else so many that they are 1,000 in all")
+                        help="images of each class, at most 999; else about 1,000 in all")
     add_amp_argument(parser)
     return parser.parse_args()
 
@@ -162,16 +173,17 @@ def main():
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     per_class, domains = args.per_class or 1000 // model.num_classes, domains_of(args.checkpoint)
     visited_timesteps(sampling, alphas_cumprod)  # a mistake is told before anything is written
-    numbers = [(label, number) for label in range(model.num_classes) for number in range(1, per_class + 1)]
-    paths = {pair: args.output_dir / file_name(*pair, domains) for pair in numbers}
+    keys, labels = digits(model.num_classes, per_class)
+    paths = {key: args.output_dir / file_name(*divmod(key, 1000), domains) for key in keys}
     for folder in sorted({path.parent for path in paths.values()}):
         make_output_dir(folder)
     # All images first: a run that fails or is interrupted on the way leaves the folder as it was.
-    batches = list(generate(model, alphas_cumprod, numbers, sampling, args.seed, device, args.batch_size, dtype=dtype))
+    batches = list(generate(model, alphas_cumprod, keys, labels, sampling, args.seed, device, args.batch_size,
+                            dtype=dtype))
     for batch, images, _ in batches:
-        for pair, image in zip(batch, images):
-            save_png(paths[pair], image)
-    print(f"{len(numbers)} images in {args.output_dir}")
+        for key, image in zip(batch, images):
+            save_png(paths[key], image)
+    print(f"{len(keys)} images in {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ import pandas as pd
 import torch
 
 from digit_classifier import CHECKPOINTS, PANEL
-from files import check_output_file, digest_of, load_checkpoint, lock, other_rows, write_atomic
+from files import check_output_file, digest_of, load_checkpoint, lock, markdown_table, other_rows, write_atomic
 from p1_ddpm.evaluate import Judge, summary
-from p1_ddpm.inference import (SHIPPED, Sampling, add_sampling_arguments, domains_of, generate, sampling_of,
+from p1_ddpm.inference import (SHIPPED, Sampling, add_sampling_arguments, digits, domains_of, generate, sampling_of,
                                visited_timesteps)
 from p1_ddpm.model import load_model
 
@@ -114,11 +114,11 @@ def measure(model, alphas_cumprod, judges, setting, device, batch_size, dtype=No
 
     The seconds are those of all domains together.
     """
-    numbers = [(label, number) for label in range(model.num_classes) for number in range(1, setting["per_class"] + 1)]
+    keys, labels = digits(model.num_classes, setting["per_class"])
     sampling = sampling_in(setting)
     start = time.time()
-    batches = generate(model, alphas_cumprod, numbers, sampling, setting["seed"], device, batch_size, dtype=dtype)
-    images, labels = torch.cat([images for _, images, _ in batches]), torch.tensor([label for label, _ in numbers])
+    batches = generate(model, alphas_cumprod, keys, labels, sampling, setting["seed"], device, batch_size, dtype=dtype)
+    images = torch.cat([images for _, images, _ in batches])
     seconds = time.time() - start
     measured = {}
     for i, (domain, judge) in enumerate(judges.items()):
@@ -144,8 +144,7 @@ def markdown(rows, flags=GROUPED_BY, measures=MEASURES):
     for name, decimals in measures.items():
         shown[name] = [f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if seeds > 1 else "")
                        for mean, std, seeds in zip(table[name], table[f"{name}_std"], table.seeds)]
-    lines = [list(shown.columns), ["---"] * shown.shape[1], *shown.values.tolist()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(shown.columns, shown.values.tolist())
 
 
 def main():

@@ -58,8 +58,9 @@ def find_noises(folder):
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name the one that holds the noise files")
-    paths = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix == ".pt" and not p.name.startswith("."))
-    others = sorted(p.name for p in folder.iterdir() if p not in paths and not p.name.startswith("."))
+    files = {path for path in folder.iterdir() if not path.name.startswith(".")}
+    paths = sorted(path for path in files if path.is_file() and path.suffix == ".pt")
+    others = sorted(path.name for path in files.difference(paths))
     if others:
         print(f"passed over in {folder}: {some(others)}", file=sys.stderr)
     if not paths:

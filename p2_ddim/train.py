@@ -39,7 +39,8 @@ def parse_args():
     parser = argument_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--output_dir", type=nonempty_path, default=ROOT / "p2_ddim/output", help="where to write")
-    parser.add_argument("--size", type=int_between(STRIDE), default=64, help=f"side of the images, times {STRIDE}")
+    parser.add_argument("--size", type=int_between(STRIDE), default=64,
+                        help=f"side of the images, a multiple of {STRIDE}")
     parser.add_argument("--channel", type=int_between(4), default=32, help="width of the UNet; the course's has 128")
     training.add_arguments(parser, epochs=24, batch_size=32, lr=4e-4, warmup=500, weight_decay=0.0, ema=0.9995,
                            save_every=300)

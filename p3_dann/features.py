@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import argument_parser, int_between, nonempty_path, run
+from utils import UserError, argument_parser, int_between, nonempty_path, run
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -61,15 +61,17 @@ def has_own_statistics(recipe):
     return bool(method.unlabelled) and not method.two_views
 
 
-def sample_features(model, data_dir, domains, own_statistics, count=1000, seed=0):
-    """([features of each domain], [digits of each domain]) of `count` validation images of each of two domains.
+def sample_features(model, data_dir, domains, own_statistics, count=1000, seed=0, split="val"):
+    """([features of each domain], [digits of each domain]) of `count` images of the split of each of two domains.
 
     The sample depends on `seed` alone, so pictures of different models show the same images. own_statistics: see
     `extract_features`.
     """
     features, digits = [], []
     for domain in domains:
-        images, labels, _ = load_split(data_dir, domain, "val")
+        images, labels, _ = load_split(data_dir, domain, split)
+        if len(images) < 2:
+            raise UserError(f"{data_dir} holds a single digit of {domain} to look at; name one with more")
         chosen = np.random.default_rng(seed).permutation(len(images))[:count]
         features.append(extract_features(model, images[chosen], own_statistics))
         digits.append(labels[chosen].numpy())

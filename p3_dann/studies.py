@@ -73,7 +73,7 @@ ADAMATCH_ABLATION = {ending: (what, dict(settings, epochs=12)) for ending, (what
     "no_interpolation": ("no second pass, no interpolation of logits", dict(leave_out=["interpolation"])),
     "no_alignment": ("no distribution alignment", dict(leave_out=["alignment"])),
     "absolute": ("an absolute threshold of 0.9", dict(leave_out=["relative"])),
-    "no_ramp": ("the target's loss from the first step on", dict(leave_out=["ramp"])),
+    "no_ramp": ("no ramp: target loss at full weight from the first step on", dict(leave_out=["ramp"])),
     "no_strong": ("no solarize, posterize and cutout", dict(without=["solarize", "posterize", "cutout"])),
 }.items()}
 ADAMATCH_ABLATION_PAIRS = (("mnistm", "svhn"), ("usps", "mnistm"))

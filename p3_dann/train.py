@@ -65,9 +65,9 @@ def parse_args():
                         help="parts of the augmentation to do without, to see what they give")
     parser.add_argument("--leave_out", nargs="+", choices=ADAMATCH_PARTS, default=[],
                         help="parts of adamatch's loss to do without, to see what they give")
-    parser.set_defaults(**METHODS[parser.parse_args().method].defaults)
+    method = METHODS[parser.parse_args([word for word in sys.argv[1:] if word not in ("-h", "--help")]).method]
+    parser.set_defaults(**method.defaults)  # now, so that --help shows them
     args = parser.parse_args()
-    method = METHODS[args.method]
     unused = [flag for flag in ("lambda_max", "threshold", "leave_out")
               if getattr(args, flag) != parser.get_default(flag) and flag not in method.flags]
     if unused:

@@ -28,7 +28,7 @@ def fit_mixture(z, components=10, seed=0):
     from sklearn.exceptions import ConvergenceWarning  # here, because sampling can do without and starts sooner
     from sklearn.mixture import GaussianMixture
     components = min(components, 1 + len(z) // (10 * z.shape[1]))
-    mixture = GaussianMixture(components, reg_covar=1e-4, max_iter=30, random_state=seed)
+    mixture = GaussianMixture(components, reg_covar=1e-4, max_iter=30, random_state=seed % 2**32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last iterations change nothing that one sees
         mixture.fit(z.double().numpy())

@@ -109,9 +109,6 @@ class VAE(nn.Module):
 
 def load_model(path, device="cpu"):
     """(network in evaluation mode, what training found about its latents: see latents.py) of a file of train.py."""
-    if path == CHECKPOINT and not path.exists():
-        raise UserError(f"the trained network {path} is not part of this copy; train one with 'python3 "
-                        "p4_vae/train.py --data_dir FACES' and name it with --checkpoint p4_vae/output/model.pt")
     checkpoint = load_checkpoint(path, "p4_vae", ["config", "latents", "ema"])
     try:
         model = VAE(**checkpoint["config"])

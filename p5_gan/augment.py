@@ -35,11 +35,11 @@ def translation(images, ratio=1 / 8):
 
 
 def cutout(images, ratio=1 / 2):
-    """`images` (B, C, H, W) with a square of `ratio` of the side set to 0; part of it may lie outside."""
+    """`images` (B, C, H, W) with a square of `ratio` of the side set to 0; its centre at least is inside."""
     count, _, height, width = images.shape
     side = round(height * ratio)
-    top = torch.randint(height + side, (count, 1, 1, 1), device=images.device) - side
-    left = torch.randint(width + side, (count, 1, 1, 1), device=images.device) - side
+    top = torch.randint(height + 1, (count, 1, 1, 1), device=images.device) - side // 2
+    left = torch.randint(width + 1, (count, 1, 1, 1), device=images.device) - side // 2
     y = torch.arange(height, device=images.device)[:, None]
     x = torch.arange(width, device=images.device)
     inside = (y >= top) & (y < top + side) & (x >= left) & (x < left + side)

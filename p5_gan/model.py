@@ -75,9 +75,6 @@ class Discriminator(nn.Module):
 
 def load_model(path, device="cpu"):
     """The generator in evaluation mode of a file of train.py; UserError when it does not hold one."""
-    if path == CHECKPOINT and not path.exists():
-        raise UserError(f"the trained network {path} is not part of this copy; train one with 'python3 "
-                        "p5_gan/train.py --data_dir FACES' and name it with --checkpoint p5_gan/output/model.pt")
     checkpoint = load_checkpoint(path, "p5_gan", ["config", "ema"])
     try:
         model = Generator(**checkpoint["config"])

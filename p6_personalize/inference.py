@@ -22,7 +22,7 @@ from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, floa
 
 from tqdm import tqdm
 
-from files import digest_of, lock, make_output_dir, save_png, write_atomic
+from files import digest_of, lock, make_output_dir, read_json, save_png, write_atomic
 from p6_personalize.evaluate import file_name, folder_of
 from p6_personalize.model import (HERE, PIPELINE, add_embeds, default_guidance, digests_of, generate, load_pipeline,
                                   read_embeds)
@@ -92,6 +92,9 @@ def open_folder(output_dir, settings, requests):
     """
     path = make_output_dir(output_dir) / "settings.json"
     known, to_delete = path.is_file(), []
+    old = read_json(path) if known else None
+    if known and not (isinstance(old, dict) and old.keys() == json.loads(settings).keys()):
+        raise UserError(f"{path} is not of this script; move it away")
     same = known and path.read_bytes() == settings.encode()
     for request in requests:
         for number in range(len(request.prompts)):

@@ -17,23 +17,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, float_between, image_generators, in_batches, int_between, nonempty_path,
-                   pick_device, randn, require_finite, run)
+from utils import UserError, argument_parser, float_between, int_between, nonempty_path, pick_device, run
 
 from typing import NamedTuple
 
 import torch
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from files import make_output_dir, save_png
 from p1_ddpm.diffusion import SAMPLERS, guided_predictor
 from p1_ddpm.inference import Sampling, add_sampling_arguments, sampling_of, visited_timesteps
+from p1_ddpm.inference import generate as generate_under
 from p7_clevr.evaluator import CHECKPOINTS, Evaluator, load_grader
 from p7_clevr.guidance import algorithm_1, algorithm_2, clean_gradient, noisy_gradient
 from p7_clevr.model import load_model, scene_schedule
 from p7_clevr.scenes import CONDITIONS, check_objects, multi_hot, read_conditions
-from transforms import as_input, to_uint8
+from transforms import as_input
 
 CHECKPOINT = CHECKPOINTS / "scenes.pt"
 SHIPPED = Sampling(steps=30, guidance=2.0, interval=(0, 1000))  # the setting of lab6.sh
@@ -84,28 +83,10 @@ def sample(model, alphas_cumprod, labels, noise, generators, sampling, guide=Gui
 
 
 def generate(model, alphas_cumprod, scenes, sampling, seed, device, batch_size=32, guide=Guide(), keep=()):
-    """Yields (scenes, images, states) batch by batch for the list `scenes` of (number, list of objects).
-
-    images: uint8 (B, 3, 64, 64) on the CPU. states: {t: images at timestep t} for those in `keep`, which the sampler
-    has to visit. A scene's noise is keyed by (seed, number), so neither its batch nor the other scenes change it.
-    UserError when an image comes out as NaN.
-    """
-    def images_of(batch):
-        numbers, sets = zip(*batch)
-        generators = image_generators(seed, numbers)
-        x = randn(generators, model.image_shape, device)
-        states = {len(alphas_cumprod) - 1: x}
-        for t, x in sample(model, alphas_cumprod, multi_hot(sets).to(device), x, generators, sampling, guide):
-            if t in keep:
-                states[t] = x
-            bar.update(len(batch))
-        require_finite(x, [f"scene {number}" for number in numbers])
-        return to_uint8((x + 1) / 2).cpu(), {t: to_uint8((states[t] + 1) / 2).cpu() for t in keep}
-
-    with tqdm(total=len(scenes) * sampling.steps, desc="sampling", unit="image-step", unit_scale=True,
-              disable=None) as bar:
-        for batch, (images, states) in in_batches(images_of, scenes, batch_size):
-            yield batch, images, states
+    """p1_ddpm's generate for the list `scenes` of (number, list of objects), the numbers being the keys."""
+    numbers, sets = zip(*scenes)
+    return generate_under(model, alphas_cumprod, numbers, multi_hot(sets), sampling, seed, device, batch_size, keep,
+                          sample=sample, guide=guide)
 
 
 def number_scenes(*lists):
@@ -114,20 +95,13 @@ def number_scenes(*lists):
 
 
 def strip_timesteps(timesteps, states=8):
-    """`states` of the visited `timesteps`, or all where there are fewer, evenly apart from the first to the last."""
-    last = len(timesteps) - 1
-    return sorted({timesteps[round(i * last / (states - 1))] for i in range(states)}, reverse=True)
+    """The visited ones of `timesteps` that are nearest to `states` equally far apart, from the first to the last."""
+    wanted = [timesteps[0] * i / (states - 1) for i in range(states)]
+    return sorted({min(timesteps, key=lambda t: abs(t - place)) for place in wanted}, reverse=True)
 
 
 def save_grid(path, images, per_row=8):
     save_png(path, make_grid(images, nrow=per_row, padding=2, pad_value=255))
-
-
-def save_images(folder, images):
-    """0.png, 1.png, ... in `folder` for uint8 images (N, 3, 64, 64)."""
-    make_output_dir(folder)
-    for number, image in enumerate(images):
-        save_png(folder / f"{number}.png", image)
 
 
 def parse_args():
@@ -159,13 +133,15 @@ def main():
     guide = load_guide(args.guide or CHECKPOINTS / "evaluator.pth", args.scale, alphas_cumprod, device)
     keep = strip_timesteps(visited_timesteps(sampling, alphas_cumprod))
     output_dir = make_output_dir(args.output_dir)
+    folders = {name: make_output_dir(output_dir / "images" / name if name else output_dir) for name in lists}
 
     scenes = number_scenes(*lists.values(), [] if args.labels else [STRIP])
     batches = list(generate(model, alphas_cumprod, scenes, sampling, args.seed, device, args.batch_size, guide, keep))
     images = torch.cat([images for _, images, _ in batches])
     for name, sets in lists.items():
         generated, images = images[:len(sets)], images[len(sets):]
-        save_images(output_dir / "images" / name if name else output_dir, generated)
+        for number, image in enumerate(generated):
+            save_png(folders[name] / f"{number}.png", image)
         save_grid(output_dir / (f"grid_{name}.png" if name else "grid.png"), generated)
         print(f"{name or ', '.join(args.labels)}: accuracy {evaluator.eval(as_input(generated), multi_hot(sets)):.4f} "
               f"({len(sets)} images)")

@@ -48,7 +48,7 @@ class Assignment(NamedTuple):
 
 
 ASSIGNMENTS = {
-    "dlcv2020_hw3": Assignment("Faces by a VAE and a GAN, and digits of one domain read by another's",
+    "dlcv2020_hw3": Assignment("Faces by a VAE and a GAN, and digits across domains",
                                "Deep Learning for Computer Vision, NTU, Fall 2020, homework 3",
                                ("p4", "p5", "p3_pairs")),
     "dlcv2023_hw2": Assignment("Conditional diffusion, DDIM and domain-adversarial training",

@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 from digit_classifier import classify, frechet_distance
 from p1_ddpm.diffusion import SPACINGS
 from p1_ddpm.evaluate import Judge, same_class_draw, summary
-from p1_ddpm.inference import SHIPPED, generate, sample
+from p1_ddpm.inference import SHIPPED, digits, generate, sample
 from p1_ddpm.model import Attention, ResidualBlock, load_model
 from p1_ddpm.studies import DEFAULTS, FLAGS, TABLES, as_text, means, settings
 from report.records import require_records
@@ -132,9 +132,10 @@ def reverse_process(path, states, alphas_cumprod, row_names=()):
 
 def strengths(path, model, alphas_cumprod, device):
     """Draws the first image of each digit, from the same noise, with four strengths of guidance."""
-    rows, numbers = (0.0, 1.0, SHIPPED.guidance, 4.0), [(digit, 1) for digit in range(10)]
+    rows = (0.0, 1.0, SHIPPED.guidance, 4.0)
     images = [images for guidance in rows for _, images, _ in
-              generate(model, alphas_cumprod, numbers, SHIPPED._replace(guidance=guidance), DEFAULTS["seed"], device)]
+              generate(model, alphas_cumprod, *digits(10, 1), SHIPPED._replace(guidance=guidance), DEFAULTS["seed"],
+                       device)]
     image_grid(path, torch.cat(images), 10, row_names=[f"w = {guidance:g}" for guidance in rows], width=4.5)
 
 
@@ -223,10 +224,9 @@ def quality(model, alphas_cumprod, judges, device, per_class, sampling=SHIPPED):
 
     judges: {domain: its Judge} in the order of the model's classes.
     """
-    numbers = [(label, number) for label in range(model.num_classes) for number in range(1, per_class + 1)]
+    keys, labels = digits(model.num_classes, per_class)
     images = torch.cat([images for _, images, _ in
-                        generate(model, alphas_cumprod, numbers, sampling, DEFAULTS["seed"], device)])
-    labels = torch.tensor([label for label, _ in numbers])
+                        generate(model, alphas_cumprod, keys, labels, sampling, DEFAULTS["seed"], device)])
     return {domain: measures_of(judge, images[labels // 10 == i], labels[labels // 10 == i] % 10)
             for i, (domain, judge) in enumerate(judges.items())}
 

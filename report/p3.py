@@ -27,8 +27,8 @@ def scenario(pair):
 
 # --- The features -------------------------------------------------------------------------------
 
-def latent_space(models, adapted, data_dir, count, own_statistics=True):
-    """t-SNE embeddings of `count` validation images of each domain of every pair, and what distances they have.
+def latent_space(models, adapted, data_dir, split, count, own_statistics=True):
+    """t-SNE embeddings of `count` images of the split of each domain of every pair, and what distances they have.
 
     models, adapted: {pair: network before, after adaptation}. Returns {pair: dict(before, after)}, each of which is
     (points, digits, is_target), and {pair: dict(before, statistics, after)} of proxy A-distances: `statistics` is
@@ -36,7 +36,7 @@ def latent_space(models, adapted, data_dir, count, own_statistics=True):
     """
     embeddings, distances = {}, {}
     for pair in models:
-        samples = {name: sample_features(model[pair], data_dir, pair, own, count) for name, model, own in (
+        samples = {name: sample_features(model[pair], data_dir, pair, own, count, split=split) for name, model, own in (
             ("before", models, False), ("statistics", models, True), ("after", adapted, own_statistics))}
         distances[pair] = {name: proxy_a_distance(*features) for name, (features, _) in samples.items()}
         is_target = np.repeat([False, True], [len(digits) for digits in samples["before"][1]])
@@ -166,7 +166,7 @@ def build(folder, checkpoints, data_dir, device, quick):
         before[pair], _ = load_model(checkpoints / f"{run_name('source_only', *pair)}.pt", device)
         after[pair], _ = load_model(checkpoints / f"{name}.pt", device)
         metrics[pair] = read_jsonl(checkpoints / f"{name}.jsonl")
-    embeddings, distances = latent_space(before, after, data_dir, 40 if quick else 1000)
+    embeddings, distances = latent_space(before, after, data_dir, "val", 40 if quick else 1000)
     tsne_figure(folder / "p3_tsne.svg", embeddings)
     strip_picture(folder / "p3_strip.png", embeddings[PAIRS[0]]["after"])
     matrices = {}

@@ -1,7 +1,7 @@
 """2020's problems 3 and 4 in the report: DANN and AdaMatch between any two of the three domains."""
 
 
-from dataset import DOMAIN_NAMES, load_split
+from dataset import load_split
 from files import read_jsonl
 
 import pandas as pd
@@ -53,6 +53,7 @@ def longer(results):
                  dann=("mnistm_svhn_dann", "target"), target=("svhn_target_only", "target"))
     values = {row: [runs.get((f"{budget}{name}_s0", statistics)) for budget in ("", "long_")]
               for row, (name, statistics) in cases.items()}
+    values["adamatch"] = 2 * [runs.get(("mnistm_svhn_adamatch_s0", "target"))]
     return {row: pair for row, pair in values.items() if pair[-1] is not None}
 
 
@@ -70,12 +71,15 @@ def build(folder, checkpoints, data_dir, device, quick):
                                                "p3_dann/studies.py --publish"))
     results = pd.read_csv(checkpoints / "results.csv")
     before = {pair: load_model(checkpoints / f"{run_name('source_only', *pair)}.pt", device)[0] for pair in PAIRS_2020}
-    distances, recipes = {}, {}
+    distances, recipes, tests = {}, {}, {}
     for method in "dann", "adamatch":
-        after = {}
+        after, tests[method] = {}, {}
         for pair in PAIRS_2020:
             after[pair], recipes[method] = load_model(checkpoints / f"{run_name(method, *pair)}.pt", device)
-        embeddings, apart = latent_space(before, after, data_dir, 40 if quick else 600, method == "dann")
+            images, labels, _ = load_split(data_dir, pair[1], "test")
+            right = predict(after[pair], images).argmax(dim=1) == labels
+            tests[method][scenario(pair)] = 100 * right.float().mean().item()
+        embeddings, apart = latent_space(before, after, data_dir, "test", 40 if quick else 600, method == "dann")
         tsne_figure(folder / f"p3_pairs_{method}.svg", embeddings)
         distances[method] = {scenario(pair): values for pair, values in apart.items()}
     record = {method: {scenario(pair): over_training(checkpoints / f"{run_name(method, *pair)}.jsonl")
@@ -86,10 +90,12 @@ def build(folder, checkpoints, data_dir, device, quick):
         images, labels, _ = load_split(data_dir, pair[1], "val")
         matrices[pair] = confusion_matrix(labels, predict(model, images).argmax(dim=1))
     confusion_figure(folder / "p3_pairs_confusion.svg", matrices)
-    return dict(accuracies=accuracies(results), distances=distances, recipes=recipes, record=record,
-                longer=longer(results), ablation=ablation(results),
+    counts = {scenario(pair): {split: len(load_split(data_dir, pair[1], split)[1]) for split in ("val", "test")}
+              for pair in PAIRS_2020}
+    return dict(accuracies=accuracies(results), distances=distances, recipes=recipes, record=record, tests=tests,
+                counts=counts, longer=longer(results), ablation=ablation(results),
                 ablation_epochs=ADAMATCH_ABLATION["complete"][1]["epochs"],
                 choices=choices(results), rank_correlations=rank_correlations(candidates(results)),
-                domains=DOMAIN_NAMES, parameters=sum(p.numel() for p in model.parameters()),
+                parameters=sum(p.numel() for p in model.parameters()),
                 widths=model.config["widths"], features=model.config["num_features"],
                 mistakes={scenario(pair): mistakes(matrix) for pair, matrix in matrices.items()})

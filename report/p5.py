@@ -88,4 +88,4 @@ def build(folder, chapters, device, quick):
     return dict(parameters=[sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)],
                 printed=printed, recipe=content["recipe"], config=content["config"], epochs=metrics[-1]["epoch"],
                 steps=metrics[-1]["step"], minutes=sum(row["seconds"] for row in metrics) / 60, first=metrics[0],
-                last=metrics[-1], recipes=recipes, faces=rows)
+                lowest=min(metrics, key=lambda row: row["accuracy"]), last=metrics[-1], recipes=recipes, faces=rows)

@@ -98,9 +98,11 @@ def guidance_figure(path, table):
             (("accuracy", BLUE, "evaluator"), ("judge", VERMILION, "judge")), (("too_many", GREEN, None),),
             (("frechet_ratio", GREEN, None),))):
         for column, colour, label in series:
-            points_with_bars(axes, table.guidance, table[column], table[f"{column}_std"], colour, label=label)
+            beside = 0.08 * (column == "judge")  # else equal values would hide each other
+            points_with_bars(axes, table.guidance + beside, table[column], table[f"{column}_std"], colour, label=label)
         axes.set(xlabel="guidance w", title=name)
-    panels[0].legend(*[[plt.Line2D([], [], color=colour, marker="o", linestyle="none") for colour in (BLUE, VERMILION)],
+    panels[0].legend(*[[plt.Line2D([], [], color=colour, marker="o", markerfacecolor="white", linestyle="none")
+                        for colour in (BLUE, VERMILION)],
                        ["evaluator", "judge"]], loc="lower right")
     save(path, figure)
 

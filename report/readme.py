@@ -19,7 +19,7 @@ from utils import UserError, argument_parser, run
 
 import pandas as pd
 
-from files import digest_of, read_jsonl, write_atomic
+from files import digest_of, markdown_table, read_jsonl, write_atomic
 from p1_ddpm.inference import CHECKPOINT, SHIPPED, SHIPPED_2024
 from p1_ddpm.studies import FLAGS, as_text
 from p3_dann.methods import ALL_PAIRS, PAIRS, run_name
@@ -135,9 +135,7 @@ def p7_numbers():
         for name, decimals in scenes.MEASURES.items():
             percent = name in ("accuracy", "judge", "too_many")
             values, decimals = (100 * group[name], 1) if percent else (group[name], decimals)
-            numbers[f"p7.{table}.{sets}.{name}"] = (mean_and_std(values, decimals) if len(group) > 1 else
-                                                    f"{values.iloc[0]:.{decimals}f}")
-            numbers[f"p7.{table}.{sets}.count"] = str(len(group))
+            numbers[f"p7.{table}.{sets}.{name}"] = mean_and_std(values, decimals)
     for name in "scenes", "evaluator", "judge", "noisy":
         lines = read_jsonl(checkpoints / f"{name}.jsonl")
         numbers[f"p7.{name}.minutes"] = f"{sum(line['seconds'] for line in lines) / 60:.1f}"
@@ -150,10 +148,10 @@ def benchmark_numbers():
     rows = pd.read_csv(ROOT / "report/benchmark.csv").query("device == 'cpu'").set_index("name")
     numbers = {f"{name}.seconds": "not measured" for name, *_ in commands(quick=False)}
     numbers |= {f"{name}.seconds": seconds(row.alone_s) for name, row in rows.iterrows()}
-    lines = ["| command | images | alone, s | beside a busy process, s | peak memory, GB |", "|---|---|---|---|---|"]
-    lines += [f"| `{row.command}` | {row.images} | {seconds(row.alone_s)} | {seconds(row.beside_s)} "
-              f"| {row.peak_mib / 1024:.1f} |" for _, row in rows.iterrows()]
-    return numbers | {"benchmark": "\n\n" + "\n".join(lines) + "\n\n"}
+    table = markdown_table(["command", "images", "alone, s", "beside a busy process, s", "peak memory, GB"],
+                           [[f"`{row.command}`", row.images, seconds(row.alone_s), seconds(row.beside_s),
+                             f"{row.peak_mib / 1024:.1f}"] for _, row in rows.iterrows()])
+    return numbers | {"benchmark": f"\n\n{table}\n\n"}
 
 
 def seconds(value):

@@ -24,6 +24,8 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in MODULES
                  if '\nif __name__ == "__main__"' in path.read_text())
 SHELL_SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for pattern in ("*.sh", "assignments/*/*.sh")
                        for path in ROOT.glob(pattern))
+# A wrapper's: its python3 is the one that runs the tests.
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def call(script, *arguments):
@@ -48,14 +50,16 @@ def data_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("hw2 data")
     for number, domain in enumerate(("mnistm", "svhn", "usps")):
         folder = root / "digits" / domain
-        (folder / "data").mkdir(parents=True)
-        for split in range(2):
+        for images in "data", "test":
+            (folder / images).mkdir(parents=True)
+        for split in range(3):
             names = [f"{split * 40 + i:05d}.png" for i in range(40)]
             for i, name in enumerate(names):
                 pixels = np.random.default_rng([number, split, i]).integers(0, 256, (28, 28, 3), dtype=np.uint8)
-                Image.fromarray(pixels).convert("L" if domain == "usps" else "RGB").save(folder / "data" / name)
+                Image.fromarray(pixels).convert("L" if domain == "usps" else "RGB").save(
+                    folder / ("data", "data", "test")[split] / name)
             table = pd.DataFrame(dict(image_name=names, label=[i % 10 for i in range(40)]))
-            table.to_csv(folder / ("train.csv", "val.csv")[split], index=False)
+            table.to_csv(folder / ("train.csv", "val.csv", "test.csv")[split], index=False)
     return root
 
 

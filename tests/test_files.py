@@ -71,7 +71,7 @@ def test_streams_are_written_to_and_never_replaced(tmp_path):
     assert received == [b"content"] and pipe.is_fifo()
 
     with open(tmp_path / "open", "wb", buffering=0) as file:  # what /dev/stdout is in a shell with > open
-        (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        (tmp_path / "stdout").symlink_to(f"/dev/fd/{file.fileno()}")
         inode = os.fstat(file.fileno()).st_ino
         file.write(b"printed before, ")
         files.write_atomic(tmp_path / "stdout", b"content")

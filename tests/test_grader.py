@@ -226,8 +226,10 @@ def test_training_leaves_the_graders_of_the_repository_alone(printed_digits):
 def test_training_needs_digits_and_takes_any_number_of_steps(tmp_path, printed_digits):
     call("--train", printed_digits, "--epochs", 10, "--checkpoint", tmp_path / "ten.pth")  # OneCycleLR's rise is one
     digit_classifier.load_classifier(tmp_path / "ten.pth")
-    (printed_digits / "digits/mnistm/train.csv").write_text("image_name,label\n")
-    with pytest.raises(UserError):
+    folder = printed_digits / "digits/mnistm"
+    (folder / "val.csv").unlink()  # so a fifth is set aside, and of one image nothing is left
+    (folder / "train.csv").write_text("\n".join((folder / "train.csv").read_text().splitlines()[:2]) + "\n")
+    with pytest.raises(UserError, match="too few images to set a fifth of them aside"):
         call("--train", printed_digits, "--checkpoint", tmp_path / "none.pth")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from sklearn.datasets import load_digits
 
 import digit_classifier
 import training
-from conftest import call
+from conftest import ENVIRONMENT, call
 from files import digest_of, load_checkpoint, save_checkpoint, save_png
 from p1_ddpm import diffusion, evaluate, inference, studies, train
 from p1_ddpm.inference import Sampling
@@ -506,8 +505,7 @@ def infer(*arguments):
 
 def wrapper(*arguments, cwd):
     """hw2_1.sh as a user starts it from the folder `cwd`: a running process."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                   "CDPATH": str(ROOT.parent)}  # some users export it; cd prints where it goes then
+    environment = {**ENVIRONMENT, "CDPATH": str(ROOT.parent)}  # some users export it; cd prints where it goes then
     return subprocess.Popen(["bash", str(ROOT / "hw2_1.sh"), *map(str, arguments)], cwd=cwd, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -542,26 +540,26 @@ def test_the_networks_classes_and_images_decide_what_is_written(tmp_path):
 def test_images_depend_neither_on_the_batch_nor_on_their_number(checkpoint):
     model, alphas_cumprod = load_model(checkpoint)
 
-    def images_of(numbers, batch_size, seed=0):
-        batches = inference.generate(model, alphas_cumprod, numbers, Sampling("ddpm", 8), seed, "cpu", batch_size)
+    def images_of(keys, labels, batch_size, seed=0):
+        batches = inference.generate(model, alphas_cumprod, keys, labels, Sampling("ddpm", 8), seed, "cpu", batch_size)
         return torch.cat([images for _, images, _ in batches]).int()
 
-    numbers = [(digit, number) for digit in range(3) for number in (1, 2, 3)]
-    whole = images_of(numbers, 9)
+    keys, labels = inference.digits(3, 3)
+    assert keys == [1, 2, 3, 1001, 1002, 1003, 2001, 2002, 2003] and labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    whole = images_of(keys, labels, 9)
     assert whole.float().std() > 10
     # Sums in another order, rounded to whole grey levels.
-    assert (whole - images_of(numbers, 2)).abs().max() <= 1
-    assert (whole[4] - images_of([(1, 2)], 9)[0]).abs().max() <= 1
-    assert (whole[4] - images_of([(1, 2)], 9, seed=1)[0]).abs().max() > 50
+    assert (whole - images_of(keys, labels, 2)).abs().max() <= 1
+    assert (whole[4] - images_of([1002], labels[4:5], 9)[0]).abs().max() <= 1
+    assert (whole[4] - images_of([1002], labels[4:5], 9, seed=1)[0]).abs().max() > 50
 
 
 def test_bfloat16_moves_pixels_little(checkpoint):
     """Its eight bits round each activation by up to 0.4 %, which the network's layers and the steps add up."""
     model, alphas_cumprod = load_model(checkpoint)
-    numbers = [(digit, 1) for digit in range(10)]
-
     def images_of(dtype):
-        [(_, images, _)] = inference.generate(model, alphas_cumprod, numbers, Sampling(), 0, "cpu", dtype=dtype)
+        [(_, images, _)] = inference.generate(model, alphas_cumprod, *inference.digits(10, 1), Sampling(), 0, "cpu",
+                                              dtype=dtype)
         return images
 
     exact, low = images_of(None).float(), images_of(torch.bfloat16)
@@ -573,9 +571,10 @@ def test_bfloat16_moves_pixels_little(checkpoint):
 def test_kept_states_are_those_of_the_way(checkpoint):
     model, alphas_cumprod = load_model(checkpoint)
     sampling = Sampling("ddpm", 10, "uniform")
-    numbers = [(0, 1), (7, 1), (7, 2)]
-    batches = list(inference.generate(model, alphas_cumprod, numbers, sampling, 0, "cpu", 2, keep=(1000, 400, 0)))
-    assert [batch for batch, _, _ in batches] == [numbers[:2], numbers[2:]]
+    keys = [1, 7001, 7002]
+    batches = list(inference.generate(model, alphas_cumprod, keys, torch.tensor([0, 7, 7]), sampling, 0, "cpu", 2,
+                                      keep=(1000, 400, 0)))
+    assert [batch for batch, _, _ in batches] == [keys[:2], keys[2:]]
     for _, images, states in batches:
         assert list(states) == [1000, 400, 0] and torch.equal(states[0], images)
         assert all(state.shape == images.shape for state in states.values())
@@ -607,7 +606,7 @@ def test_flags_are_the_sampling(monkeypatch):
     (["out", "--checkpoint", "width.pt"], "does not describe"),
     (["out", "--checkpoint", "schedule.pt"], "does not describe"),
     (["out", "--checkpoint", "nan.pt"], "hold NaN.*name another checkpoint"),
-    (["out", "--checkpoint", "huge.pt", "--per_class", 1], "0_001.png comes out as NaN")])
+    (["out", "--checkpoint", "huge.pt", "--per_class", 1], "image 1 comes out as NaN")])
 def test_inference_refuses_bad_input(tmp_path, checkpoint, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     good, content = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
@@ -635,10 +634,10 @@ def test_an_interrupted_run_leaves_the_folder_as_it_was(tmp_path, checkpoint, mo
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return sample(*arguments)
+        return guided_predictor(*arguments)
 
-    sample = inference.sample
-    monkeypatch.setattr(inference, "sample", interrupted)
+    guided_predictor = inference.guided_predictor
+    monkeypatch.setattr(inference, "guided_predictor", interrupted)
     (tmp_path / "0_001.png").write_text("mine")
     with pytest.raises(KeyboardInterrupt):
         infer(tmp_path, "--checkpoint", checkpoint, "--steps", 1, "--batch_size", 5)

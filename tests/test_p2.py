@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from torchvision.utils import save_image
 
 import files
 import training
+from conftest import ENVIRONMENT
 from dataset import read_image_source
 from p2_ddim import ddim, evaluate, inference, studies, train
 from p2_ddim.ddim import ddpm_loss, lerp, noise_schedule, sample, slerp, stretch, timesteps
@@ -379,8 +379,7 @@ def noises(tmp_path):
 
 def wrapper(*arguments, cwd):
     """hw2_2.sh as a user runs it, from the folder `cwd`."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(["bash", ROOT / "hw2_2.sh", *map(str, arguments)], cwd=cwd, env=environment,
+    return subprocess.run(["bash", ROOT / "hw2_2.sh", *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
                           capture_output=True, text=True)
 
 

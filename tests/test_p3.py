@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import training
+from conftest import ENVIRONMENT
 from dataset import load_split, read_images
 from files import save_checkpoint
 from p3_dann import augment, choice, evaluate, features, inference, methods, studies, train
@@ -652,10 +653,8 @@ def test_wrapper_answers_every_image_once(tmp_path, checkpoint):
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "notes.txt").write_text("no image either")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
     result = subprocess.run(["bash", ROOT / "hw2_3.sh", "test dir", "new dir/pred.csv", "--checkpoint", checkpoint],
-                            cwd=tmp_path, capture_output=True, text=True, env=environment)
+                            cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
     header, *rows = read_rows(tmp_path / "new dir" / "pred.csv")
     assert header == ["image_name", "label"]
@@ -808,9 +807,8 @@ def test_2020_s_doors_answer_every_image(tmp_path, checkpoint):
     for seed in range(3):
         save_image(tmp_path / f"test dir/{seed}.png", seed)
     (tmp_path / "test dir/broken.png").write_bytes(b"no image")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     doors = [subprocess.Popen(["bash", ROOT / f"assignments/dlcv2020_hw3/hw3_p{problem}.sh", "test dir", "mnistm",
-                               f"new/{problem}.csv", "--checkpoint", checkpoint], cwd=tmp_path, env=environment,
+                               f"new/{problem}.csv", "--checkpoint", checkpoint], cwd=tmp_path, env=ENVIRONMENT,
                               stderr=subprocess.PIPE, text=True) for problem in (3, 4)]
     for problem, door in zip((3, 4), doors):
         _, error = door.communicate(timeout=300)

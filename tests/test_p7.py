@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import training
-from conftest import call
+from conftest import ENVIRONMENT, call
 from files import digest_of, load_checkpoint, save_checkpoint
 from p1_ddpm.diffusion import ddim, ddpm, guided_predictor, uniform_timesteps
 from p1_ddpm.inference import Sampling
@@ -398,8 +398,8 @@ def test_guidance_reaches_the_mean_of_the_product_of_two_gaussians(monkeypatch, 
 # --- Training -----------------------------------------------------------------------------------
 
 def run_train(data_dir, output_dir, *arguments):
-    call(train, "--device", "cpu", "--data_dir", data_dir, "--output_dir", output_dir, "--channels", 8, 8, "--patch", 8,
-         "--batch_size", 16, "--timesteps", 4, "--warmup", 2, *arguments)
+    call(train, "--device", "cpu", "--amp", "off", "--data_dir", data_dir, "--output_dir", output_dir, "--channels", 8,
+         8, "--patch", 8, "--batch_size", 16, "--timesteps", 4, "--warmup", 2, *arguments)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -441,7 +441,7 @@ def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch):
 
 def test_two_processes_train_together(tmp_path, data_dir, torchrun):
     done = torchrun("p7_clevr/train.py", "--data_dir", data_dir, "--output_dir", tmp_path, "--epochs", 1, "--device",
-                    "cpu", "--channels", 8, 8, "--patch", 8, "--batch_size", 32, "--timesteps", 4)
+                    "cpu", "--amp", "off", "--channels", 8, 8, "--patch", 8, "--batch_size", 32, "--timesteps", 4)
     assert done.returncode == 0, done.stderr
     assert "2 process(es), 4 steps" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "model.pt", "metrics.jsonl", "samples_000004.png"}
@@ -479,9 +479,9 @@ def graders(tmp_path_factory, data_dir):
     folder = tmp_path_factory.mktemp("graders")
     for name, flags in (("judge", ["--epochs", 25, "--paste", 0]), ("noisy", ["--epochs", 1, "--noisy"]),
                         ("shifted", ["--epochs", 1, "--noisy", "--shift", 2])):
-        call(train_evaluator, "--device", "cpu", "--data_dir", data_dir, "--output_dir", folder / "training" / name,
-             "--network", "encoder", "--batch_size", 12, "--lr", 1e-2, "--warmup", 2, "--save_every", 25, "--ema", 0.9,
-             *flags)
+        call(train_evaluator, "--device", "cpu", "--amp", "off", "--data_dir", data_dir, "--output_dir",
+             folder / "training" / name, "--network", "encoder", "--batch_size", 12, "--lr", 1e-2, "--warmup", 2,
+             "--save_every", 25, "--ema", 0.9, *flags)
         os.replace(folder / "training" / name / "model.pt", folder / f"{name}.pth")
     return folder
 
@@ -605,7 +605,7 @@ def test_bad_conditions_are_refused(tmp_path, lab, content, message):
     (["out", "--checkpoint", "foreign.pt"], "not a checkpoint of p7_clevr"),
     (["out", "--evaluator", "foreign.pt"], "does not hold the weights"),
     (["out", "--checkpoint", "misfit.pt"], "do not fit"), (["out", "--checkpoint", "schedule.pt"], "does not describe"),
-    (["out", "--checkpoint", "nan.pt"], "hold NaN"), (["out", "--checkpoint", "huge.pt"], "scene 0 comes out as NaN"),
+    (["out", "--checkpoint", "nan.pt"], "hold NaN"), (["out", "--checkpoint", "huge.pt"], "image 0 comes out as NaN"),
     (["out", "--scale", 1, "--guide", "other.pth"], "other timesteps"),
     (["out", "--guide", "gone.pth"], "gone.pth has no strength")])
 def test_inference_refuses_bad_input(tmp_path, lab, checkpoint, monkeypatch, arguments, message):
@@ -627,9 +627,8 @@ def test_inference_refuses_bad_input(tmp_path, lab, checkpoint, monkeypatch, arg
 def test_the_wrapper_refuses_bad_input_from_any_folder_in_one_sentence(tmp_path, checkpoint, evaluator_file):
     (tmp_path / "my data").mkdir()
     (tmp_path / "my data/test.json").write_text('[["red cube"], ["red cub"]]')
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", ROOT / "assignments/nycu2024_lab6/lab6.sh", "out put", "--data_dir", "my data"],
-                          cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+                          cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out put").exists()
     assert done.stderr == ('inference.py: error: entry 1 of my data/test.json names "red cub", which is none of the 24 '
                            'objects; the nearest is "red cube"\n')

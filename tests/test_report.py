@@ -246,7 +246,7 @@ def test_the_reverse_process_ends_at_the_first_digit_of_the_grid(chapters):
     model, alphas_cumprod = p1.load_model(chapters / "p1_ddpm/checkpoints/ddpm.pt")
     grid, states = p1.digits_of_same_noise(model, alphas_cumprod, torch.device("cpu"))
     assert torch.equal(states[0], grid) and list(states)[0] == TIMESTEPS and len(states) == SHIPPED.steps + 1
-    [(_, images, _)] = p1.generate(model, alphas_cumprod, [(0, 1)], SHIPPED, 0, torch.device("cpu"))
+    [(_, images, _)] = p1.generate(model, alphas_cumprod, *p1.digits(1, 1), SHIPPED, 0, torch.device("cpu"))
     assert (grid[0].int() - images[0].int()).abs().max() <= 1  # 0_001.png, but for the batch's rounding
 
 

@@ -114,7 +114,7 @@ def test_in_batches_gives_up_when_one_item_does_not_fit_and_hides_no_other_error
     ("raise OSError(28, 'No space left on device', 'x')", 2,
      "script.py: error: [Errno 28] No space left on device: 'x'\n"),
     ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\\nSee more')", 2,
-     "script.py: error: CUDA out of memory. Tried to allocate 2 GiB.; try a smaller --batch_size\n"),
+     "script.py: error: CUDA out of memory. Tried to allocate 2 GiB.; free some or lower --batch_size\n"),
     ("os.kill(os.getpid(), signal.SIGTERM)", 130, "\nscript.py: interrupted\n"),
     ("os.kill(os.getpid(), signal.SIGINT)", 130, "\nscript.py: interrupted\n"),
     ("print('fine')", 0, ""),

@@ -19,8 +19,8 @@ from utils import UserError, argument_parser, nonempty_path, run
 from files import make_output_dir, save_png, write_atomic
 from p6_personalize.tiny.scenes import UNSEEN_LOOK, UNSEEN_OBJECT, apply, read_world
 
-# The scorer's baselines are nine tenths of what real images reach by the tiny CLIP, rounded down: evaluate.py
-# --tables baselines.
+# The scorer's baselines are a tenth below what real images reach by the tiny CLIP, rounded down: evaluate.py --tables
+# baselines.
 REQUESTS = {
     "0": dict(src_image=UNSEEN_OBJECT, token_name="<new1>",
               prompt=["a photo of a <new1>", "a photo of a <new1> and a red cube"],
@@ -29,7 +29,7 @@ REQUESTS = {
     "1": dict(src_image=UNSEEN_LOOK, token_name="<new2>",
               prompt=["a photo of a blue cube in the style of <new2>", "a photo of a <new1> in the style of <new2>"],
               prompt_4_clip_eval=["a photo of a blue cube", f"a photo of a {UNSEEN_OBJECT}"],
-              baseline=[[9, 56], [-2, 51]]),
+              baseline=[[9, 56], [-3, 51]]),
 }
 # (objects, look) of each prompt.
 SHOWN = {"0": [([UNSEEN_OBJECT], None), ([UNSEEN_OBJECT, "red cube"], None)],

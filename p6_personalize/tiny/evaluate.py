@@ -6,7 +6,7 @@
 Images are judged by the evaluator of p7_clevr, which no part of the tiny world has seen; where a look is asked for, the
 one that an image is in is undone first. Rows of other tables stay in --output. Prints a line for each row, percentages:
     zero_shot   top-1 accuracy of the tiny CLIP on real images of one object, among 24, and of two, among 276 pairs
-    baselines   what real images of input.json's prompts score; its baselines are nine tenths of that, rounded down
+    baselines   what real images of input.json's prompts score; its baselines are a tenth below that, rounded down
     judge       what the judge finds in real images
     prompts     named objects that generated images show, images that show all of theirs, images in the look
     concepts    the same of the held-out object and look, before and after textual inversion
