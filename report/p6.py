@@ -13,22 +13,27 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from p6_personalize.evaluate import CONCEPTS, best_five, read_references, scores
 from p6_personalize.inference import noise_number
 from p6_personalize.model import PIPELINE, Clip, add_embeds, default_guidance, generate, load_pipeline
-from p6_personalize.prompts import IMAGES, read_requests
-from p6_personalize.tiny.evaluate import ClipJudge, with_count
+from p6_personalize.prompts import IMAGES, PROMPT, read_requests
+from p6_personalize.tiny.evaluate import ClipJudge, answers, single_objects, with_count
 from p6_personalize.tiny.scenes import UNSEEN_LOOK, UNSEEN_OBJECT, caption, read_world
 from p6_personalize.zero_shot import draw_cases
+from p7_clevr.scenes import OBJECTS
 from report.records import require_records
 
 
 def cases(clip, images, sets):
-    """(five right answers on pictures of one object, five wrong ones on pictures of two): lists of (picture, predicted,
-    label), right ones each of another object."""
-    judge, found = ClipJudge(clip), ({}, {})
-    for count in 1, 2:
-        some, named = with_count(count, images, sets)
-        for image, names, answer in zip(some, named, judge(some, count)):
-            label, predicted = (",\n".join(sorted(objects)) for objects in (names, answer))
-            found[predicted != label].setdefault(label, (to_pil_image(image), predicted, label))
+    """(five right answers, five wrong ones): lists of (picture, predicted, label), each of another label.
+
+    On pictures of one object, as zero_shot counts them, and where these do not suffice on pictures of two.
+    """
+    ones, labels = single_objects(images, sets)
+    seen = [(image, [OBJECTS[label]], [OBJECTS[answer]])
+            for image, label, answer in zip(ones, labels, answers(clip, ones, [PROMPT]))]
+    twos, named = with_count(2, images, sets)
+    found = ({}, {})
+    for image, names, answer in [*seen, *zip(twos, named, ClipJudge(clip)(twos, 2))]:
+        label, predicted = (",\n".join(sorted(objects)) for objects in (names, answer))
+        found[predicted != label].setdefault(label, (to_pil_image(image), predicted, label))
     return [list(chosen.values())[:5] for chosen in found]
 
 

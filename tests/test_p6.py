@@ -886,12 +886,13 @@ def test_a_report_that_needs_missing_libraries_says_so_before_any_part(world, tm
 
 
 def test_cases_are_of_different_objects_and_wrong_ones_name_both(monkeypatch):
-    """A judge who sees in pictures of one what is there, and in pictures of two a red cube and a gray cube."""
+    """A judge who sees a gray sphere in pictures of one, and in pictures of two a red cube and a gray cube."""
     names = [["red cube"], ["red cube"], ["gray sphere"], ["red cube", "gray cube"], ["red cube", "gray sphere"]]
     images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 8, 8)
-    monkeypatch.setattr(report, "ClipJudge", lambda clip: lambda some, count: [
-        {"red cube", "gray cube"} if count == 2 else set(names[int(image[0, 0, 0])]) for image in some])
+    monkeypatch.setattr(report, "answers", lambda clip, some, prompts: torch.full(
+        (len(some),), report.OBJECTS.index("gray sphere")))
+    monkeypatch.setattr(report, "ClipJudge", lambda clip: lambda some, count: [{"red cube", "gray cube"} for _ in some])
     right, wrong = ([(picture.getpixel((0, 0))[0], *texts) for picture, *texts in found]
                     for found in report.cases(None, images, names))
-    assert right[:2] == [(0, "red cube", "red cube"), (2, "gray sphere", "gray sphere")]
-    assert wrong == [(4, "gray cube,\nred cube", "gray sphere,\nred cube")]
+    assert right == [(2, "gray sphere", "gray sphere"), (3, "gray cube,\nred cube", "gray cube,\nred cube")]
+    assert wrong == [(0, "gray sphere", "red cube"), (4, "gray cube,\nred cube", "gray sphere,\nred cube")]

@@ -78,20 +78,28 @@ def zero_shot(clip, images, sets):
     """Yields (row, numbers) of the top-1 accuracy: among the 24 objects on images of one, by one prompt and by the
     ensemble, each picture once; among all 276 pairs on images of two."""
     pairs, pair_names = with_count(2, images, sets)
-    images, sets = with_count(1, images, sets)
-    distinct = list({image.numpy().tobytes(): i for i, image in enumerate(images)}.values())  # they repeat among scenes
-    images, sets = images[distinct], [sets[i] for i in distinct]
-    vectors = clip.images([to_pil_image(image) for image in images])
-    labels = torch.tensor([NUMBERS[names[0]] for names in sets])
+    images, labels = single_objects(images, sets)
     unseen = labels == NUMBERS[UNSEEN_OBJECT]
     for prompts_name, prompts in ("one prompt", [PROMPT]), ("ensemble", ENSEMBLE):
-        right = (vectors @ class_vectors(clip, OBJECTS, prompts).T).argmax(1) == labels
+        right = answers(clip, images, prompts) == labels
         for objects, chosen in (f"{len(SEEN)} seen objects", ~unseen), ("the unseen one", unseen):
             yield f"{prompts_name}, {objects}", dict(objects=percent(right[chosen]), images=int(chosen.sum()))
     right = [[set(names) == found for names, found in zip(pair_names, ClipJudge(clip)(pairs, 2))
               if (UNSEEN_OBJECT in names) == unseen] for unseen in (False, True)]
     for objects, of_these in zip(("seen objects", "one of them the unseen one"), right):
         yield f"pairs, {objects}", dict(objects=percent(of_these), images=len(of_these))
+
+
+def single_objects(images, sets):
+    """(images, numbers in OBJECTS (N,)) of those of one object, each picture once: they repeat among scenes."""
+    images, sets = with_count(1, images, sets)
+    distinct = list({image.numpy().tobytes(): i for i, image in enumerate(images)}.values())
+    return images[distinct], torch.tensor([NUMBERS[sets[i][0]] for i in distinct])
+
+
+def answers(clip, images, prompts):
+    """The numbers in OBJECTS (N,) of what the CLIP sees in uint8 images of one object by the mean of `prompts`."""
+    return (clip.images([to_pil_image(image) for image in images]) @ class_vectors(clip, OBJECTS, prompts).T).argmax(1)
 
 
 def with_count(count, images, sets):
