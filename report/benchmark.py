@@ -50,6 +50,7 @@ def commands(quick):
     smaller = dict(p2=" --size 32", p3=" --batch_size 16") if quick else dict(p2="", p3="")
     return [
         ("p1", 10 * per_class, f"bash hw2_1.sh out --per_class {per_class}"),
+        ("p1_amp_off", 10 * per_class, f"bash hw2_1.sh out --per_class {per_class} --amp off"),
         ("p1_train", 64 * batches, "python3 p1_ddpm/train.py --data_dir data --output_dir out --epochs 1"),
         ("p2_64", 10, f"bash hw2_2.sh p2_ddim/noise64 out p2_ddim/checkpoints/face64.pt --steps {steps}"),
         ("p2_256", 1, "bash hw2_2.sh noise256 out UNet.pt --steps 5"),

@@ -91,6 +91,30 @@ def p3_numbers():
     return numbers
 
 
+def p3_run_numbers():
+    """Each training of problem 3 by itself, such as p3.run.mnistm_svhn_dann_s0.svhn.target, named by the domain and by
+    whose statistics predict: its accuracy, and its InfoMax score."""
+    rows = pd.read_csv(ROOT / "p3_dann/checkpoints/results.csv")
+    names = "p3.run." + rows.run.str.replace(".", "_") + "." + rows.target + "." + rows.statistics
+    return dict(zip(names, rows.accuracy.map("{:.1f}".format))) | dict(
+        zip(names + ".infomax", rows.infomax.map("{:.3f}".format)))
+
+
+def file_numbers():
+    """What trainings took and how they ended, by the records in the chapters' checkpoints/, such as
+    p1.mnistm_svhn.train.seconds and .val_loss_svhn, and how large the networks are, such as p1.ddpm.megabytes."""
+    numbers = {}
+    for path in sorted(ROOT.glob("p?_*/checkpoints/*.jsonl")):
+        name, lines = f"{path.parts[-3][:2]}.{path.stem}.train", read_jsonl(path)
+        taken = sum(line["seconds"] for line in lines)
+        numbers |= {f"{name}.seconds": f"{taken:.0f}", f"{name}.minutes": f"{taken / 60:.0f}"}
+        numbers |= {f"{name}.{key}": f"{value:.3f}" for key, value in lines[-1].items() if "loss" in key
+                    and isinstance(value, float)}
+    for row in pd.read_csv(ROOT / "checkpoints.csv").itertuples():
+        numbers[f"{row.path[:2]}.{Path(row.path).stem}.megabytes"] = f"{row.bytes / 1e6:.1f}"
+    return numbers
+
+
 def p4_numbers():
     """2020's problem 1: of samples and reconstructions, by weight of the KL and prior, such as p4.auto.normal.mse."""
     rows = pd.read_csv(ROOT / "p4_vae/checkpoints/results.csv", dtype=dict(beta=str))
@@ -173,8 +197,8 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only tell whether all numbers are those of the records")
     args = parser.parse_args()
-    numbers = (p1_numbers() | p3_numbers() | p4_numbers() | p5_numbers() | p6_numbers() | p7_numbers()
-               | benchmark_numbers())
+    numbers = (p1_numbers() | p3_numbers() | p3_run_numbers() | p4_numbers() | p5_numbers() | p6_numbers()
+               | p7_numbers() | file_numbers() | benchmark_numbers())
     for path in [ROOT / "README.md", *sorted(ROOT.glob("assignments/*/README.md"))]:
         text = fill(path, numbers)
         if text != path.read_text(encoding="utf-8"):

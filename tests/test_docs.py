@@ -193,7 +193,7 @@ def test_the_numbers_in_the_texts_are_those_of_the_records(monkeypatch):
 
 def test_a_stale_number_is_told_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    for name in ("p1", "p3", "p4", "p5", "p6", "p7", "benchmark"):
+    for name in ("p1", "p3", "p3_run", "p4", "p5", "p6", "p7", "file", "benchmark"):
         monkeypatch.setattr(readme, f"{name}_numbers", lambda: {"p1.accuracy": "99.8", "table": "\n| a |\n"})
     page = tmp_path / "README.md"
     page.write_text("It is <!-- p1.accuracy -->97<!-- --> %.\n<!-- table --><!-- -->\n")

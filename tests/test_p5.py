@@ -322,7 +322,8 @@ def test_a_part_is_studied_by_one_change(monkeypatch):
                for name in studies.RECIPES}
     assert changed["ours"] == set() and changed["short"] == {"epochs"}
     assert changed["short_no_modulation"] == {"epochs", "no_modulation"}
-    assert changed["public"] == {"no_modulation", "no_augment", "ema", "channels", "batch_size", "epochs"}
+    public = {"no_modulation", "no_augment", "ema", "channels", "batch_size", "epochs"}
+    assert changed["public"] == changed["public_as_long"] == public
     assert changed["hinge"] == {"no_modulation", "loss", "channels", "batch_size", "lr", "epochs"}
 
 
