@@ -560,6 +560,14 @@ def test_other_names_and_compressions_of_the_same_files(public, tmp_path):
     assert tree(tmp_path / "data") == tree(public[2])
 
 
+def test_a_link_that_leads_back_is_not_followed_for_ever(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").write_text("content")
+    for name in "up", "again":
+        (tmp_path / "a" / name).symlink_to("..")
+    assert build_dataset.find_all(tmp_path, "file") == [tmp_path / "a/file"]
+
+
 def test_hidden_and_unfinished_files_are_left_out(public, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(public[0], source)

@@ -397,6 +397,10 @@ def test_images_are_of_these_weights_wherever_they_lie(learnt, pipeline, tmp_pat
               there / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     second = draw(there)
     assert all(time > first[name] for name, time in second.items())
+    (tmp_path / "out/settings.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="settings.json is not of this script; move it away"):
+        draw(there)
+    assert (tmp_path / "out/settings.json").read_text() == '{"mine": 1}'
     (tmp_path / "out/settings.json").unlink()  # images that nothing tells of may be anyone's
     with pytest.raises(UserError, match="no .*settings.json says how it was made; move it away"):
         draw(there)

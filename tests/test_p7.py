@@ -602,6 +602,7 @@ def test_bad_conditions_are_refused(tmp_path, lab, content, message):
 @pytest.mark.parametrize("arguments, message", [
     (["out", "--labels", "rad sphere"], 'the nearest is "red sphere"'), (["out", "--steps", 1001], "above the 1000"),
     (["out", "--checkpoint", "gone.pt"], "there is no checkpoint gone.pt"), (["file"], "is a file"),
+    (["half"], "cannot write to the output folder half/images"),
     (["out", "--checkpoint", "foreign.pt"], "not a checkpoint of p7_clevr"),
     (["out", "--evaluator", "foreign.pt"], "does not hold the weights"),
     (["out", "--checkpoint", "misfit.pt"], "do not fit"), (["out", "--checkpoint", "schedule.pt"], "does not describe"),
@@ -619,6 +620,8 @@ def test_inference_refuses_bad_input(tmp_path, lab, checkpoint, monkeypatch, arg
     save_checkpoint("other.pth", config=dict(network="encoder", schedule=dict(name="cosine", timesteps=500)),
                     model=NETWORKS["encoder"]().state_dict())
     Path("file").write_text("mine")
+    Path("half").mkdir()
+    Path("half/images").write_text("mine")
     with pytest.raises(UserError, match=message):
         lab(*arguments)
     assert not list(Path().rglob("*.png")) and Path("file").read_text() == "mine"
