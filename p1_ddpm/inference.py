@@ -7,10 +7,10 @@
 A checkpoint of `train.py --domains mnistm svhn` writes out_dir/mnistm/0_001.png ... 9_050.png and out_dir/svhn/. The
 defaults are hw2_1.sh's; assignments/dlcv2024_hw2/hw2_1.sh shows the flags that suit the one that is here.
 
-Takes 43 seconds on 2 CPU cores in float32. On a CPU the same command makes the same bytes every time on the same
+Takes 47 seconds on 2 CPU cores in float32. On a CPU the same command makes the same bytes every time on the same
 machine. The noise of an image depends on --seed, its class and its number alone; another --batch_size or number of
 threads changes the order of float32 sums, which moves a pixel by one grey level now and then. Where the processor has
-bfloat16 units it takes 27 in bfloat16, which moves pixels by some grey levels; --amp off does not.
+bfloat16 units it takes 28 in bfloat16, which moves pixels by some grey levels; --amp off does not.
 """
 
 import sys
