@@ -85,6 +85,7 @@ def test_inputs_are_what_the_commands_name(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "UNet", lambda: benchmark.torch.nn.Linear(1, 1))
     benchmark.make_inputs(tmp_path, quick=True)
     for _, _, command in benchmark.commands(quick=True):
-        words = [word for word in command.split()[1:] if re.match("[a-zA-Z]", word) and not word.startswith("out")]
+        words = [word for word in command.split()[1:] if re.match("[a-zA-Z]", word)
+                 and not word.startswith(("out", "off"))]
         assert [word for word in words if not (tmp_path / word).exists()] == [], command
     assert len(list((tmp_path / "svhn").iterdir())) == 500

@@ -557,7 +557,7 @@ def lab(tmp_path, checkpoint, evaluator_file):
 
 
 def test_the_lab_writes_what_the_course_asks_for(tmp_path, lab, capsys):
-    lab(tmp_path / "out", "--steps", 9, "--sampler", "ddim", "--guidance", 0)
+    lab(tmp_path / "out", "--steps", 7, "--spacing", "uniform", "--sampler", "ddim", "--guidance", 0)
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
     assert files == {f"images/{name}/{number}.png" for name in ("test", "new_test") for number in range(32)} | {
         "grid_test.png", "grid_new_test.png", "denoising.png"}
@@ -837,7 +837,7 @@ def test_the_report_shows_every_figure_and_the_numbers_of_the_records(chapter, t
     monkeypatch.setattr(readme, "ROOT", tmp_path / "chapters")
     told = readme.p7_numbers()
     assert told["p7.seeds.test.accuracy"] == readme.mean_and_std(100 * rows.query(
-        "table == 'seeds' and sets == 'test'").accuracy, 1) and told["p7.seeds.test.count"] == "5"
+        "table == 'seeds' and sets == 'test'").accuracy, 1)
     [multi_hot] = rows.query("table == 'ablation' and condition == 'multi_hot' and guidance == 2").accuracy
     assert told["p7.ablation.48_96_192_multi_hot_cosine_shift_3_16"] == f"{100 * multi_hot:.2f}"
     rows.query("table != 'classifier'").to_csv(chapter / "results.csv", index=False)

@@ -83,7 +83,8 @@ def make_p3(root, data_dir):
     def train(folder, settings, data_dir, jobs):
         trained.append(folder.name)
         folder.mkdir(parents=True)
-        recipe = dict(seed=0, lambda_max=0.1, epochs=2, batch_size=128, lr=0.003, ema=0.995) | settings
+        recipe = dict(seed=0, lambda_max=0.1, epochs=2, batch_size=128, lr=0.003, ema=0.995,
+                      weight_decay=0.001) | settings
         model = random_weights(Dann(widths=(4, 4, 4), num_features=8), recipe["seed"])
         adapt_statistics(model, images)  # otherwise all answers are the same
         save_checkpoint(folder / "model.pt", kind="p3_dann", config=model.config, recipe=recipe, ema=model.state_dict())
