@@ -71,12 +71,14 @@ def build(folder, checkpoints, data_dir, device, quick):
                                                "p3_dann/studies.py --publish"))
     results = pd.read_csv(checkpoints / "results.csv")
     before = {pair: load_model(checkpoints / f"{run_name('source_only', *pair)}.pt", device)[0] for pair in PAIRS_2020}
+    splits = {split: {pair: load_split(data_dir, pair[1], split)[:2] for pair in PAIRS_2020}
+              for split in ("val", "test")}
     distances, recipes, tests = {}, {}, {}
     for method in "dann", "adamatch":
         after, tests[method] = {}, {}
         for pair in PAIRS_2020:
             after[pair], recipes[method] = load_model(checkpoints / f"{run_name(method, *pair)}.pt", device)
-            images, labels, _ = load_split(data_dir, pair[1], "test")
+            images, labels = splits["test"][pair]
             right = predict(after[pair], images).argmax(dim=1) == labels
             tests[method][scenario(pair)] = 100 * right.float().mean().item()
         embeddings, apart = latent_space(before, after, data_dir, "test", 40 if quick else 600, method == "dann")
@@ -90,8 +92,7 @@ def build(folder, checkpoints, data_dir, device, quick):
         images, labels, _ = load_split(data_dir, pair[1], "val")
         matrices[pair] = confusion_matrix(labels, predict(model, images).argmax(dim=1))
     confusion_figure(folder / "p3_pairs_confusion.svg", matrices)
-    counts = {scenario(pair): {split: len(load_split(data_dir, pair[1], split)[1]) for split in ("val", "test")}
-              for pair in PAIRS_2020}
+    counts = {scenario(pair): {split: len(sets[pair][1]) for split, sets in splits.items()} for pair in PAIRS_2020}
     return dict(accuracies=accuracies(results), distances=distances, recipes=recipes, record=record, tests=tests,
                 counts=counts, longer=longer(results), ablation=ablation(results),
                 ablation_epochs=ADAMATCH_ABLATION["complete"][1]["epochs"],
