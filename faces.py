@@ -40,6 +40,11 @@ class Faces(NamedTuple):
         """The Faces that the bool (N,) or the indices `chosen` tell."""
         return Faces(self.images[chosen], self.numbers[chosen])
 
+    def draw(self, count, seed):
+        """`count` of the Faces at random, in their order; the same ones for the same seed."""
+        order = np.random.default_rng(seed).permutation(len(self.images))
+        return self.take(np.sort(order[:count]))
+
 
 class FaceSource(NamedTuple):
     """A folder or zip file and the rows (top, bottom) of its images that are stretched to a square, or None."""

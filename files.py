@@ -244,6 +244,15 @@ def load_checkpoint(path, kind, keys):
     return checkpoint
 
 
+@contextlib.contextmanager
+def described_by(path):
+    """For what is made in its block as the config of the checkpoint `path` says; UserError where that says nothing."""
+    try:
+        yield
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint {path} does not describe what it holds ({error}); fetch it again")
+
+
 def load_weights(model, content, path):
     """Loads into `model` the weights in `content`, what torch.load read from `path`, in any wrapping (find_weights).
 

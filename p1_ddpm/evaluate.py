@@ -154,7 +154,8 @@ def main():
                             "7_002.png")
     judges = {domain: Judge(args.data_dir, domain, args.checkpoint) for domain in generated}
     for domain, (images, labels) in generated.items():
-        print(f"{DOMAIN_NAMES[domain]}\n" * (len(folders) > 1) + report(judges[domain](images, labels)))
+        title = f"{DOMAIN_NAMES[domain]}\n" if len(folders) > 1 else ""
+        print(title + report(judges[domain](images, labels)))
 
 
 if __name__ == "__main__":

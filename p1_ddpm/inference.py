@@ -115,6 +115,9 @@ def generate(model, alphas_cumprod, keys, conditions, sampling, seed, device, ba
     to visit. An image's noise is keyed by (seed, its key), so neither its batch nor the other images change it.
     `sample` and its `options`: this chapter's, or one with its arguments. UserError when an image comes out as NaN.
     """
+    finished, jobs = 0, list(zip(keys, conditions))
+    bar = tqdm(total=len(jobs) * sampling.steps, desc="sampling", unit="image-step", unit_scale=True, disable=None)
+
     def images_of(batch):
         bar.n = finished * sampling.steps  # counted anew when a batch that was too large is tried again
         keys, conditions = zip(*batch)
@@ -129,9 +132,7 @@ def generate(model, alphas_cumprod, keys, conditions, sampling, seed, device, ba
         require_finite(x, [f"image {key}" for key in keys])
         return to_uint8((x + 1) / 2).cpu(), {t: to_uint8((states[t] + 1) / 2).cpu() for t in keep}
 
-    finished, jobs = 0, list(zip(keys, conditions))
-    with tqdm(total=len(jobs) * sampling.steps, desc="sampling", unit="image-step", unit_scale=True,
-              disable=None) as bar:
+    with bar:
         for batch, (images, states) in in_batches(images_of, jobs, batch_size):
             finished += len(batch)
             yield [key for key, _ in batch], images, states

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import load_checkpoint, load_weights
+from files import described_by, load_checkpoint, load_weights
 from p1_ddpm.diffusion import noise_schedule
-from utils import UserError
 
 
 def timestep_embedding(t, width):
@@ -130,13 +129,11 @@ def load_model(path, device="cpu", weights="ema"):
     weights: 'ema', or 'model', those of the last training step, which only a last.pt holds.
     """
     checkpoint = load_checkpoint(path, "p1_ddpm", ["config", weights])
-    try:
+    with described_by(path):
         network = dict(checkpoint["config"]["network"])
         network.pop("condition", None)  # some checkpoints name it; it is always "class"
         model = UNet(**network)
         alphas_cumprod = noise_schedule(**checkpoint["config"]["schedule"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} does not describe a network and a schedule ({error}); fetch it again")
     load_weights(model, checkpoint[weights], path)
     # The layout in which convolutions are fastest on a CPU.
     return model.to(device, memory_format=torch.channels_last).eval(), alphas_cumprod

@@ -116,6 +116,9 @@ def main():
     todo = [i for i, target in enumerate(targets) if not (args.skip_existing and is_whole_png(target))]
     batch_size = args.batch_size or max(1, PIXELS[device.type] // (height * width))
 
+    finished, calls = 0, len(timesteps(args.steps))
+    bar = tqdm(total=len(todo) * calls, unit="step", disable=None)
+
     def generate(batch):
         noise = torch.cat([load_noise(paths[i]) for i in batch]).to(device)
         bar.n = finished * calls  # counted anew when a batch that was too large is tried again
@@ -124,13 +127,13 @@ def main():
                 bar.update(len(batch))
         return stretch(require_finite(x, [targets[i] for i in batch]))
 
-    finished, calls = 0, len(timesteps(args.steps))
-    with tqdm(total=len(todo) * calls, unit="step", disable=None) as bar:
+    with bar:
         for batch, images in in_batches(generate, todo, batch_size):
             for i, image in zip(batch, images):
                 save_png(targets[i], image)
             finished += len(batch)
-    print(f"{len(todo)} images in {output_dir}" + (f", {len(paths) - len(todo)} were there" * (len(paths) > len(todo))))
+    there = len(paths) - len(todo)
+    print(f"{len(todo)} images in {output_dir}" + (f", {there} were there" if there else ""))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ reversed, so they learn to make the domains look the same.
 import torch
 from torch import nn
 
-from files import load_checkpoint, load_weights
+from files import described_by, load_checkpoint, load_weights
 from utils import UserError
 
 
@@ -75,9 +75,7 @@ def load_model(path, device="cpu"):
     if "optimizer" in checkpoint:
         raise UserError(f"{path} is for --resume and lacks the normalisation statistics of the domain that is "
                         "predicted; name the model.pt beside it")
-    try:
+    with described_by(path):
         model = Dann(**checkpoint["config"])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} does not describe this network ({error}); fetch it again")
     load_weights(model, checkpoint["ema"], path)
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint["recipe"]

@@ -3,13 +3,14 @@
     bash assignments/dlcv2020_hw3/hw3_p1.sh OUT.png                     # 32 faces in one picture, PNG or JPEG
     python3 p4_vae/inference.py OUT_DIR --count 1000                    # 0000.png ... 0999.png
     python3 p4_vae/inference.py OUT_DIR --count 1000 --prior fitted     # from the prior fitted to the latents
-    python3 p4_vae/inference.py --grid OUT.png --reconstruct FACES      # ten faces above their reconstructions, MSEs
+    python3 p4_vae/inference.py --grid OUT.png --reconstruct FACES      # ten of them above reconstructions, MSEs
     python3 p4_vae/inference.py --grid OUT.png --reconstruct FACES --attribute Smiling Eyeglasses   # more rows
     python3 p4_vae/inference.py --grid OUT.png --walk FACES             # eight steps from the first face to the second
 
 A face depends on --seed and its number alone: 0031.png is the last one of the grid. FACES: as --data_dir in faces.py.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def walk(model, pair, steps=8):
 
 
 # What each of the three pictures can be told.
-USES = {"sampling": {"count", "prior", "seed"}, "--reconstruct": {"count", "attribute", "strength"}, "--walk": set()}
+USES = {"sampling": {"count", "prior", "seed"}, "--walk": set(),
+        "--reconstruct": {"count", "seed", "attribute", "strength"}}
 
 
 def parse_args():
@@ -85,23 +87,24 @@ def parse_args():
     parser.add_argument("--count", type=int_between(1), help="faces; 32, or 10 with --reconstruct, when not given")
     parser.add_argument("--prior", choices=["normal", "fitted"], default="normal", help="what latents are sampled from")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--reconstruct", type=face_source, metavar="FACES", help="show these faces and their likes")
+    what.add_argument("--reconstruct", type=face_source, metavar="FACES", help="show some of these and their likes")
     what.add_argument("--walk", type=face_source, metavar="FACES", help="go from the first of these to the second")
     parser.add_argument("--attribute", nargs="+", default=[], help="with --reconstruct: attributes to add, in rows")
     parser.add_argument("--strength", type=float_between(-10, 10), default=1.5, help="how much of an attribute to add")
     parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")
-    parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the latents")
+    parser.add_argument("--seed", type=int_between(0), default=0,
+                        help="seed of the latents, or of which faces are reconstructed")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--batch_size", type=int_between(1), default=250, help="faces at a time")
     args = parser.parse_args()
     what = "--walk" if args.walk else "--reconstruct" if args.reconstruct else "sampling"
-    unused = [flag for flag in set().union(*USES.values()) - USES[what]
-              if getattr(args, flag) != parser.get_default(flag)]
-    if unused:
-        others = " and ".join(other for other in USES if min(unused) in USES[other])
-        raise UserError(f"--{min(unused)} means nothing to {what}, it is for {others}; leave it out")
+    for flag in sorted(set().union(*USES.values()) - USES[what]):
+        if getattr(args, flag) != parser.get_default(flag):
+            others = " and ".join(other for other in USES if flag in USES[other])
+            raise UserError(f"--{flag} means nothing to {what}, it is for {others}; leave it out")
     if args.strength != parser.get_default("strength") and not args.attribute:
         raise UserError("--strength means nothing without --attribute; name one, or leave it out")
+    args.count = 2 if args.walk else args.count or (10 if args.reconstruct else 32)
     return args
 
 
@@ -114,23 +117,22 @@ def pictures(args, model, latents):
                         f"{', '.join(known) or 'none'}")
     if args.walk or args.reconstruct:
         faces = test_faces([args.walk or args.reconstruct])
-        count = 2 if args.walk else args.count or 10
-        if len(faces.images) < count:
-            raise UserError(f"{(args.walk or args.reconstruct).path} holds {len(faces.images)} faces, and {count} are "
-                            f"needed; name others{', or lower --count' * (not args.walk)}")
-        faces = faces.take(slice(count))
+        if len(faces.images) < args.count:
+            raise UserError(f"{(args.walk or args.reconstruct).path} holds {len(faces.images)} faces, and {args.count} "
+                            f"are needed; name others{'' if args.walk else ', or lower --count'}")
         if args.walk:
-            return walk(model, faces.images), 8
+            return walk(model, faces.images[:2]), 8
+        faces = faces.draw(args.count, args.seed)
         rows, errors = reconstruct(model, faces.images, [args.strength * known[name] for name in args.attribute],
                                    args.batch_size)
         for number, error in zip(faces.numbers.tolist(), errors.tolist()):
             print(f"face {number:06d}: mse = {error:.4f}")
-        return torch.cat([faces.images, *rows]), count
+        return torch.cat([faces.images, *rows]), args.count
     if args.prior == "fitted" and "mixture" not in latents:
         raise UserError(f"the checkpoint {args.checkpoint} has no fitted prior, which is made when a training ends; "
                         "let it end, or use --prior normal")
     mixture = latents["mixture"] if args.prior == "fitted" else None
-    return generate(model, range(args.count or 32), args.seed, mixture, args.batch_size), 8
+    return generate(model, range(args.count), args.seed, mixture, args.batch_size), 8
 
 
 def main():
@@ -138,7 +140,7 @@ def main():
     if not (args.output_dir or args.grid):
         raise UserError("nothing would be written; name a folder for faces one by one, or --grid FILE")
     if args.grid:
-        check_picture(args.grid, args.count or 10 if args.reconstruct else -(-(args.count or 32) // 8))
+        check_picture(args.grid, args.count if args.reconstruct else math.ceil(args.count / 8))
     model, latents = load_model(args.checkpoint, pick_device(args.device))
     if args.output_dir:
         make_output_dir(args.output_dir)

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import load_checkpoint, load_weights
-from utils import UserError
+from files import described_by, load_checkpoint, load_weights
 
 CHECKPOINT = Path(__file__).parent / "checkpoints/vae.pt"
 
@@ -110,9 +109,7 @@ class VAE(nn.Module):
 def load_model(path, device="cpu"):
     """(network in evaluation mode, what training found about its latents: see latents.py) of a file of train.py."""
     checkpoint = load_checkpoint(path, "p4_vae", ["config", "latents", "ema"])
-    try:
+    with described_by(path):
         model = VAE(**checkpoint["config"])
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} does not describe a network ({error}); fetch it again")
     load_weights(model, checkpoint["ema"], path)
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint["latents"]

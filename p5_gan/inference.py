@@ -6,6 +6,7 @@
 A face depends on --seed and its number alone: 0031.png is the last one of the grid.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def main():
     if not (args.output_dir or args.grid):
         raise UserError("nothing would be written; name a folder for faces one by one, or --grid FILE")
     if args.grid:
-        check_picture(args.grid, -(-args.count // 8))
+        check_picture(args.grid, math.ceil(args.count / 8))
     model = load_model(args.checkpoint, pick_device(args.device))
     if args.output_dir:
         make_output_dir(args.output_dir)

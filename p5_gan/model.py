@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from files import load_checkpoint, load_weights
+from files import described_by, load_checkpoint, load_weights
 from p5_gan.augment import DiffAugment
-from utils import UserError
 
 CHECKPOINT = Path(__file__).parent / "checkpoints/gan.pt"
 
@@ -76,9 +75,7 @@ class Discriminator(nn.Module):
 def load_model(path, device="cpu"):
     """The generator in evaluation mode of a file of train.py; UserError when it does not hold one."""
     checkpoint = load_checkpoint(path, "p5_gan", ["config", "ema"])
-    try:
+    with described_by(path):
         model = Generator(**checkpoint["config"])
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} does not describe a generator ({error}); fetch it again")
     load_weights(model, checkpoint["ema"], path)
     return model.to(device, memory_format=torch.channels_last).eval()

@@ -84,10 +84,10 @@ def main():
     config = dict(latents=args.latents, channels=args.channels, modulated=not args.no_modulation)
     generator = Generator(**config).to(device, memory_format=torch.channels_last)
     discriminator = Discriminator(args.channels).to(device, memory_format=torch.channels_last)
-    player = training.make_parts(generator, make_optimizers(generator, args), process, saved)
-    other = training.make_parts(discriminator, make_optimizers(discriminator, args), process,
-                                saved and saved["discriminator"])
-    other = other._replace(ema=discriminator)  # nobody needs its average; one with itself changes nothing
+    generator_parts = training.make_parts(generator, make_optimizers(generator, args), process, saved)
+    discriminator_parts = training.make_parts(discriminator, make_optimizers(discriminator, args), process,
+                                              saved and saved["discriminator"])
+    discriminator_parts = discriminator_parts._replace(ema=discriminator)  # its average would serve nobody
     generate, discriminate = (training.distribute(network, process) for network in (generator, discriminator))
     discriminator_loss, generator_loss = LOSSES[args.loss]
     metrics, means = saved["metrics"] if saved else [], training.Means()
@@ -100,7 +100,7 @@ def main():
             generated = generate(torch.randn(len(real), args.latents, device=device))
             on_real, on_generated = discriminate(torch.cat([real, generated.detach()])).chunk(2)
             loss = discriminator_loss(on_real, on_generated)
-        training.update(other, loss, factor, 0.0, clip=None)
+        training.update(discriminator_parts, loss, factor, 0.0, clip=None)
         right = torch.cat([on_real > 0, on_generated < 0]).float()
         means.add(real_logit=on_real, generated_logit=on_generated, accuracy=right, discriminator_loss=loss,
                   discriminator_gradient=gradient_norm(discriminator), augmented=discriminator.augment.share)
@@ -110,19 +110,19 @@ def main():
         discriminator.requires_grad_(False)
         with autocast(device, process.dtype):
             loss = generator_loss(discriminator(generated))
-        training.update(player, loss, factor, decay, clip=None)
+        training.update(generator_parts, loss, factor, decay, clip=None)
         discriminator.requires_grad_(True)
         means.add(generator_loss=loss, generator_gradient=gradient_norm(generator))
         if not training.due(args, step, total):
             continue
-        training.log(metrics, means, step, per_epoch, args, player, process)
+        training.log(metrics, means, step, per_epoch, args, generator_parts, process)
         if process.rank == 0:
             description = dict(kind="p5_gan", config=config, recipe=training.recipe(args), metrics=metrics)
             weights = discriminator.state_dict()
-            rest = dict(model=weights, ema=weights, optimizer=[o.state_dict() for o in other.optimizers],
-                        scaler=other.scaler.state_dict())
-            training.save(args.output_dir, player, step, description, sample_grid(player.ema, device),
-                          discriminator=rest)
+            state = dict(model=weights, ema=weights, scaler=discriminator_parts.scaler.state_dict(),
+                         optimizer=[o.state_dict() for o in discriminator_parts.optimizers])
+            training.save(args.output_dir, generator_parts, step, description,
+                          sample_grid(generator_parts.ema, device), discriminator=state)
 
 
 if __name__ == "__main__":

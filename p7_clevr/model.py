@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import load_checkpoint, load_weights
+from files import described_by, load_checkpoint, load_weights
 from p1_ddpm.diffusion import noise_schedule
 from p1_ddpm.model import Attention, ResidualBlock, timestep_embedding
 from p7_clevr.scenes import OBJECTS, SIZE
-from utils import UserError
 
 
 def scene_schedule(name="cosine", timesteps=1000, shift=1.0):
@@ -49,13 +48,13 @@ class ObjectAttention(nn.Module):
 
 
 class Level(nn.Module):
-    """A residual block, and what is asked after it: "self" attends to the map's positions, "objects" to the set."""
+    """A residual block, and after it attention to the map's positions and to the set of objects, where it is wanted."""
 
-    def __init__(self, in_channels, out_channels, embedding, dropout, attend=()):
+    def __init__(self, in_channels, out_channels, embedding, dropout, to_positions=False, to_objects=False):
         super().__init__()
         self.block = ResidualBlock(in_channels, out_channels, embedding, dropout)
-        self.positions = Attention(out_channels) if "self" in attend else None
-        self.objects = ObjectAttention(out_channels) if "objects" in attend else None
+        self.positions = Attention(out_channels) if to_positions else None
+        self.objects = ObjectAttention(out_channels) if to_objects else None
 
     def forward(self, x, embedding, condition):
         x = self.block(x, embedding)
@@ -86,9 +85,8 @@ class SceneUNet(nn.Module):
         self.place = nn.Parameter(torch.zeros(1, channels[0], side, side))  # the camera never moves
 
         def level(i, in_channels):
-            last = i == len(channels) - 1
-            attend = ["self"] * last + ["objects"] * (condition == "tokens" and side / 2**i <= 16)
-            return Level(in_channels, channels[i], embedding, dropout, attend)
+            return Level(in_channels, channels[i], embedding, dropout, to_positions=i == len(channels) - 1,
+                         to_objects=condition == "tokens" and side / 2**i <= 16)
 
         rest = range(len(channels) - 1)
         self.down = nn.ModuleList([nn.ModuleList([level(i, c) for _ in range(blocks)]) for i, c in enumerate(channels)])
@@ -129,11 +127,9 @@ def load_model(path, device="cpu", weights="ema"):
     weights: 'ema', the moving average, or 'model', those of the last training step, which only a last.pt holds.
     """
     checkpoint = load_checkpoint(path, "p7_clevr", ["config", weights])
-    try:
+    with described_by(path):
         model = SceneUNet(**checkpoint["config"]["network"])
         alphas_cumprod = scene_schedule(**checkpoint["config"]["schedule"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} does not describe a network and a schedule ({error}); fetch it again")
     load_weights(model, checkpoint[weights], path)
     # The layout in which convolutions are fastest on a CPU.
     return model.to(device, memory_format=torch.channels_last).eval(), alphas_cumprod

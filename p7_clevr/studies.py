@@ -101,8 +101,8 @@ def main():
     device = pick_device(args.device)
     check_output_file(args.output)
     lock(args.output.parent)  # two runs at once would overwrite each other's rows
-    for column in "graders", "channels":  # a foreign file is told before the networks are read
-        rows = other_rows(args.output, column, dtype=str).to_dict("records")
+    other_rows(args.output, "channels")  # a foreign file is told before the networks are read
+    rows = other_rows(args.output, "graders", dtype=str).to_dict("records")
     model, alphas_cumprod = load_model(args.checkpoint, device, args.weights)
     checkpoint = load_checkpoint(args.checkpoint, "p7_clevr", ["metrics", "config"])
     network, schedule = checkpoint["config"]["network"], checkpoint["config"]["schedule"]
@@ -111,10 +111,9 @@ def main():
                  schedule=f"{schedule['name']}, shift {schedule['shift']:g}",
                  epochs=f"{checkpoint['metrics'][-1]['epoch']:g}")
     flags = dict(DEFAULTS, **sampling_of(args)._asdict(), weights=args.weights)
-    total = len(alphas_cumprod) - 1
-    tables = {name: [{**row, "steps": min(row["steps"], total)} for row in ({**flags, **changes} for changes
-                                                                           in TABLES[name])] for name in args.tables}
+    tables = {name: [{**flags, **changes} for changes in TABLES[name]] for name in args.tables}
     for setting in itertools.chain(*tables.values()):  # what does not fit together is told now
+        setting["steps"] = min(setting["steps"], len(alphas_cumprod) - 1)
         visited_timesteps(sampling_in(setting), alphas_cumprod)
         load_guide(CHECKPOINTS / f"{setting['guide']}.pth", setting["scale"], alphas_cumprod, device)
     judge = Judge(args.data_dir, device, args.evaluator)

@@ -100,7 +100,7 @@ def main():
         with autocast(device, process.dtype):
             t, loss = ddpm_loss(parallel, x0, condition, model.null(condition), alphas_cumprod, args.label_drop)
         means.add(loss_eps=loss * alphas_cumprod[t])
-        # Of v, where the images have that contrast.
+        # The error of v, were the images `shift` times as strong beside the noise.
         loss = loss * (args.shift**2 + (1 - args.shift**2) * alphas_cumprod[t]).float()
         training.update(parts, loss.mean(), training.warmup_cosine(step, total, args.warmup),
                         training.ema_decay(args.ema, step))

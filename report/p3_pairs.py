@@ -8,7 +8,7 @@ import pandas as pd
 
 from p3_dann.methods import ALL_PAIRS, PAIRS_2020, run_name
 from p3_dann.model import load_model
-from p3_dann.prediction import predict
+from p3_dann.prediction import accuracy, predict
 from p3_dann.choice import candidates, rank_correlations
 from p3_dann.studies import ADAMATCH_ABLATION, ADAMATCH_ABLATION_PAIRS, means, shipped
 from report.p3 import choices, confusion_figure, confusion_matrix, latent_space, mistakes, scenario, tsne_figure
@@ -70,18 +70,17 @@ def build(folder, checkpoints, data_dir, device, quick):
     require_records(checkpoints, dict.fromkeys(["results.csv", *(f"{run}.jsonl" for run in runs)],
                                                "p3_dann/studies.py --publish"))
     results = pd.read_csv(checkpoints / "results.csv")
-    before = {pair: load_model(checkpoints / f"{run_name('source_only', *pair)}.pt", device)[0] for pair in PAIRS_2020}
+    networks = {method: {pair: load_model(checkpoints / f"{run_name(method, *pair)}.pt", device)[0]
+                         for pair in PAIRS_2020} for method in ("source_only", "dann", "adamatch", "target_only")}
     splits = {split: {pair: load_split(data_dir, pair[1], split)[:2] for pair in PAIRS_2020}
               for split in ("val", "test")}
-    distances, recipes, tests = {}, {}, {}
+    tests = {method: {scenario(pair): accuracy(model, *splits["test"][pair]) for pair, model in models.items()}
+             for method, models in networks.items()}
+    distances, recipes = {}, {}
     for method in "dann", "adamatch":
-        after, tests[method] = {}, {}
-        for pair in PAIRS_2020:
-            after[pair], recipes[method] = load_model(checkpoints / f"{run_name(method, *pair)}.pt", device)
-            images, labels = splits["test"][pair]
-            right = predict(after[pair], images).argmax(dim=1) == labels
-            tests[method][scenario(pair)] = 100 * right.float().mean().item()
-        embeddings, apart = latent_space(before, after, data_dir, "test", 40 if quick else 600, method == "dann")
+        _, recipes[method] = load_model(checkpoints / f"{run_name(method, *PAIRS_2020[2])}.pt", device)
+        embeddings, apart = latent_space(networks["source_only"], networks[method], data_dir, "test",
+                                         40 if quick else 600, method == "dann")
         tsne_figure(folder / f"p3_pairs_{method}.svg", embeddings)
         distances[method] = {scenario(pair): values for pair, values in apart.items()}
     record = {method: {scenario(pair): over_training(checkpoints / f"{run_name(method, *pair)}.jsonl")

@@ -40,7 +40,7 @@ def build(folder, checkpoints, source, attributes, device, quick):
     content = load_checkpoint(checkpoints / "vae.pt", "p4_vae", ["recipe", "config"])
     faces = test_faces([source])
     faces = faces.take(slice(40 if quick else 1000))
-    ten = faces.take(slice(10))
+    ten = faces.draw(10, seed=0)
     printed = architecture(folder / "p4_architecture.svg", model)
     draw_curves(folder / "p4_curves.svg", metrics)
     rows, errors = reconstruct(model, ten.images)

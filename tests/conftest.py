@@ -35,6 +35,28 @@ def call(script, *arguments):
         script.main()
 
 
+def close(values, expected, share=1e-4):
+    """Whether no value is further from the expected one than this share of the largest expected value.
+
+    Float32 carries 7 digits, and processors and orders of sums differ in the last of them.
+    """
+    return (values - expected).abs().max() <= share * expected.abs().max()
+
+
+def assert_near(actual, expected, share):
+    """`close`, with the values in the message."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=share * expected.abs().max().item())
+
+
+def randomised(model, seed=0):
+    """`model` in evaluation mode, its zero-initialised layers random too, so that every part of it matters."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For networks of a few channels a second thread costs more than it gives, tenfold where something else runs."""
@@ -72,7 +94,7 @@ def torchrun(tmp_path):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-                   Path(__file__).resolve().parents[1] / script, *flags]
+                   ROOT / script, *flags]
         process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:

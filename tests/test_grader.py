@@ -3,7 +3,6 @@
 import math
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -11,15 +10,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import digit_classifier
+from conftest import call
 from dataset import load_split
 from files import save_png
 from utils import UserError
 
 
-def call(*flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["digit_classifier.py", "--device", "cpu", *map(str, flags)])
-        digit_classifier.main()
+def grade(*flags):
+    call(digit_classifier, "--device", "cpu", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,7 @@ def test_prints_the_courses_line_and_names_odd_files(tmp_path, always_3, capsys)
         save_png(folder / name, black)
     save_png(folder / "5_001.png", torch.zeros(3, 32, 32, dtype=torch.uint8))
     (folder / "notes.txt").write_text("not an image")
-    call("--folder", folder, "--checkpoint", always_3)
+    grade("--folder", folder, "--checkpoint", always_3)
     stdout, stderr = capsys.readouterr()
     assert stdout == "acc = 0.75 (correct/total = 3/4)\n"
     for part in (f"passed over in {folder}: more/, notes.txt\n", "begin with a digit: cat.png",
@@ -68,7 +66,7 @@ def test_is_silent_about_a_complete_folder(tmp_path, always_3, capsys):
     save_png(tmp_path / "black.png", torch.zeros(3, 28, 28, dtype=torch.uint8))
     for name in digit_classifier.expected_names():
         shutil.copy(tmp_path / "black.png", tmp_path / "out" / name)
-    call("--folder", tmp_path / "out", "--checkpoint", always_3)
+    grade("--folder", tmp_path / "out", "--checkpoint", always_3)
     assert capsys.readouterr() == ("acc = 0.1 (correct/total = 100/1000)\n", "")
 
 
@@ -79,7 +77,7 @@ def test_grades_two_domains_as_in_2024(tmp_path, weights, always_3, capsys, monk
         (out / domain).mkdir(parents=True)
         for name in names:
             save_png(out / domain / f"{name}.png", black)
-    call("--folder", out, "--checkpoint", always_3)  # one network for both
+    grade("--folder", out, "--checkpoint", always_3)  # one network for both
     stdout, stderr = capsys.readouterr()
     assert stdout.splitlines() == ["MNIST-M acc = 0.5000 (correct/total = 2/4)",
                                    "SVHN acc = 0.5000 (correct/total = 1/2)", "acc = 0.5000"]
@@ -90,22 +88,22 @@ def test_grades_two_domains_as_in_2024(tmp_path, weights, always_3, capsys, monk
     torch.save({"state_dict": {**weights, "fc3.bias": bias}}, tmp_path / "always_8.pth")
     monkeypatch.setattr(digit_classifier, "CHECKPOINTS", dict(mnistm=always_3, svhn=tmp_path / "always_8.pth"))
     (out / "svhn/3_001.png").unlink()
-    call("--folder", out)  # a judge for each
+    grade("--folder", out)  # a judge for each
     assert capsys.readouterr().out.splitlines()[1:] == ["SVHN acc = 1.0000 (correct/total = 1/1)", "acc = 0.7500"]
     for more, rate in (([], 0.0), (["--domain", "svhn"], 1.0)):  # one folder does not tell its domain
-        call("--folder", out / "svhn", *more)
+        grade("--folder", out / "svhn", *more)
         assert capsys.readouterr().out.startswith(f"acc = {rate} ")
     save_png(out / "0_001.png", black)
     with pytest.raises(UserError, match="holds digits and .*mnistm as well"):
-        call("--folder", out)
+        grade("--folder", out)
     (out / "0_001.png").unlink()
     for flags, message in ((["--domain", "svhn"], "leave --domain out"), (["--epochs", 2], "are for --train")):
         with pytest.raises(UserError, match=message):
-            call("--folder", out, *flags)
+            grade("--folder", out, *flags)
     shutil.rmtree(out / "svhn")
     capsys.readouterr()
     with pytest.raises(UserError, match="no folder .*svhn"):
-        call("--folder", out)
+        grade("--folder", out)
     assert not capsys.readouterr().out
 
 
@@ -136,7 +134,7 @@ def test_refuses_bad_input(tmp_path, weights, always_3, folder, checkpoint, mess
     torch.save(torch.zeros(1, 3), tmp_path / "tensor.pth")
     torch.save({"state_dict": {**weights, "fc3.bias": torch.full((10,), math.nan)}}, tmp_path / "nan.pth")
     with pytest.raises(UserError, match=message):
-        call("--folder", tmp_path / folder, "--checkpoint", tmp_path / checkpoint)
+        grade("--folder", tmp_path / folder, "--checkpoint", tmp_path / checkpoint)
 
 
 @pytest.fixture
@@ -158,7 +156,7 @@ def printed_digits(tmp_path):
 
 
 def test_training_learns(tmp_path, printed_digits, capsys):
-    call("--train", printed_digits, "--epochs", 100, "--checkpoint", tmp_path / "new/Classifier.pth")
+    grade("--train", printed_digits, "--epochs", 100, "--checkpoint", tmp_path / "new/Classifier.pth")
     accuracies = [float(x) for x in re.findall(r"validation accuracy ([\d.]+) %", capsys.readouterr().out)]
     assert len(accuracies) == 100
     assert accuracies[-1] > 80, accuracies[::10]  # by chance 10 %
@@ -168,12 +166,12 @@ def test_training_learns(tmp_path, printed_digits, capsys):
     right = (digit_classifier.classify(model, images)[1] == labels).float().mean().item()
     assert 100 * right == pytest.approx(accuracies[-1], abs=0.01)  # two decimals are printed
     with pytest.raises(UserError, match="is a folder"):
-        call("--train", printed_digits, "--checkpoint", tmp_path / "new")
+        grade("--train", printed_digits, "--checkpoint", tmp_path / "new")
 
 
 def test_a_panel_is_several_networks_of_half_precision_in_one_file(tmp_path, printed_digits, capsys):
     path = tmp_path / "panel.pth"
-    call("--train", printed_digits, "--panel", 2, "--epochs", 40, "--seed", 5, "--checkpoint", path)
+    grade("--train", printed_digits, "--panel", 2, "--epochs", 40, "--seed", 5, "--checkpoint", path)
     accuracies = [float(x) for x in re.findall(r"validation accuracy ([\d.]+) %", capsys.readouterr().out)]
     assert len(accuracies) == 80 and min(accuracies[39], accuracies[79]) > 50  # by chance 10 %
     content = torch.load(path, weights_only=True)["panel"]
@@ -183,7 +181,7 @@ def test_a_panel_is_several_networks_of_half_precision_in_one_file(tmp_path, pri
     images, labels, _ = load_split(printed_digits, "mnistm", "val")
     right = (digit_classifier.classify(second, images)[1] == labels).float().mean().item()
     assert 100 * right == pytest.approx(accuracies[79], abs=2.6)  # one of 40 digits, for the rounding of its weights
-    call("--train", printed_digits, "--panel", 1, "--epochs", 40, "--seed", 6, "--checkpoint", path)
+    grade("--train", printed_digits, "--panel", 1, "--epochs", 40, "--seed", 6, "--checkpoint", path)
     assert all(torch.equal(value, content[1][name]) for name, value in
                torch.load(path, weights_only=True)["panel"][0].items())
 
@@ -196,7 +194,7 @@ def test_the_committed_panel_is_of_eight_plain_networks():
 
 def test_the_judge_of_svhn_is_wider_and_its_weights_tell(tmp_path, printed_digits):
     path = tmp_path / "judge.pth"
-    call("--train", printed_digits, "--domain", "svhn", "--epochs", 1, "--checkpoint", path)
+    grade("--train", printed_digits, "--domain", "svhn", "--epochs", 1, "--checkpoint", path)
     for judge in (digit_classifier.load_classifier(path),
                   digit_classifier.load_classifier(digit_classifier.CHECKPOINTS["svhn"])):
         assert judge.conv1.weight.shape == (24, 3, 5, 5) and not judge.training
@@ -207,7 +205,7 @@ def test_the_judge_of_svhn_is_wider_and_its_weights_tell(tmp_path, printed_digit
     (["--panel", 2, "--domain", "svhn"], "one of MNIST-M"), (["--domain", "usps"], "invalid choice")])
 def test_training_refuses_bad_flags(tmp_path, printed_digits, capsys, flags, message):
     with pytest.raises((UserError, SystemExit)) as error:
-        call("--train", printed_digits, "--checkpoint", tmp_path / "new.pth", *flags)
+        grade("--train", printed_digits, "--checkpoint", tmp_path / "new.pth", *flags)
     assert message in f"{error.value} {capsys.readouterr().err}" and not (tmp_path / "new.pth").exists()
     with pytest.raises(UserError, match="does not hold a panel"):
         digit_classifier.load_panel(digit_classifier.CHECKPOINTS["mnistm"])
@@ -219,18 +217,18 @@ def test_training_leaves_the_graders_of_the_repository_alone(printed_digits):
     before = {path: path.read_bytes() for path in (*digit_classifier.CHECKPOINTS.values(), digit_classifier.PANEL)}
     for more in ([], ["--domain", "svhn"], ["--panel", 2]):
         with pytest.raises(UserError, match="is there already; name another file"):
-            call("--train", printed_digits, "--epochs", 1, *more)
+            grade("--train", printed_digits, "--epochs", 1, *more)
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_training_needs_digits_and_takes_any_number_of_steps(tmp_path, printed_digits):
-    call("--train", printed_digits, "--epochs", 10, "--checkpoint", tmp_path / "ten.pth")  # OneCycleLR's rise is one
+    grade("--train", printed_digits, "--epochs", 10, "--checkpoint", tmp_path / "ten.pth")  # OneCycleLR's rise is one
     digit_classifier.load_classifier(tmp_path / "ten.pth")
     folder = printed_digits / "digits/mnistm"
     (folder / "val.csv").unlink()  # so a fifth is set aside, and of one image nothing is left
     (folder / "train.csv").write_text("\n".join((folder / "train.csv").read_text().splitlines()[:2]) + "\n")
     with pytest.raises(UserError, match="too few images to set a fifth of them aside"):
-        call("--train", printed_digits, "--checkpoint", tmp_path / "none.pth")
+        grade("--train", printed_digits, "--checkpoint", tmp_path / "none.pth")
 
 
 def test_augmentation_keeps_shape_and_range_and_differs_by_image():

@@ -1,7 +1,6 @@
 """Problem 2: the sampler, the network from a file, the scripts, training. Narrow networks, small images, no data."""
 
 import functools
-import json
 import pickle
 import shutil
 import subprocess
@@ -19,25 +18,19 @@ from torchvision.utils import save_image
 
 import files
 import training
-from conftest import ENVIRONMENT
+from conftest import ENVIRONMENT, ROOT, call, close
 from dataset import read_image_source
 from p2_ddim import ddim, evaluate, inference, studies, train
 from p2_ddim.ddim import ddpm_loss, lerp, noise_schedule, sample, slerp, stretch, timesteps
 from p2_ddim.model import load_model
 from UNet import UNet
 
-ROOT = Path(__file__).resolve().parents[1]
 FACE64 = ROOT / "p2_ddim/checkpoints/face64.pt"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Float32 carries 7 digits, and processors differ in the last of them. The analytic loops below magnify that at most a
-# hundredfold (the first step divides by 0.0076): a share of 1e-4 of the largest value is ten times what comes of it.
+# What `close` allows: the analytic loops below magnify the last digit of float32 at most a hundredfold (the first step
+# divides by 0.0076), so a share of 1e-4 of the largest value is ten times what comes of it.
 FLOAT32 = 1e-4
-
-
-def close(values, expected, share=FLOAT32):
-    """Whether no value is further from the expected one than this share of the largest expected value."""
-    return (values - expected).abs().max() <= share * expected.abs().max()
 
 
 def normal(*shape, seed=0):
@@ -383,11 +376,6 @@ def wrapper(*arguments, cwd):
                           capture_output=True, text=True)
 
 
-def run_inference(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, arguments), "--device", "cpu"])
-    inference.main()
-
-
 def read_pngs(folder):
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in folder.glob("*.png")}
 
@@ -409,11 +397,11 @@ def test_wrapper_generates_one_image_for_each_noise(tmp_path, noises, unet_pt):
     assert "no checkpoint gone.pt" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_noises_of_another_size_than_the_network_was_trained_on_are_told(tmp_path, noises, monkeypatch, capsys):
+def test_noises_of_another_size_than_the_network_was_trained_on_are_told(tmp_path, noises, capsys):
     for size, told in ((32, False), (64, True)):
         files.save_checkpoint(tmp_path / f"{size}.pt", kind="p2_ddim", config=dict(channel=4, size=size),
                               ema=narrow_weights())
-        run_inference(monkeypatch, noises, tmp_path / f"of {size}", tmp_path / f"{size}.pt", "--steps", 1)
+        call(inference, "--device", "cpu", noises, tmp_path / f"of {size}", tmp_path / f"{size}.pt", "--steps", 1)
         assert ("trained on images of 64x64; those of 32x32" in capsys.readouterr().err) == told
         assert len(read_pngs(tmp_path / f"of {size}")) == 4
 
@@ -426,10 +414,10 @@ def test_flags_set_an_image_but_batch_size_and_interruption_do_not(tmp_path, noi
         return ddim.ddim(model, noise, *arguments)
     monkeypatch.setattr(inference, "ddim", counted)
     flags = (unet_pt, "--steps", 3, "--eta", 1, "--seed", 4)
-    run_inference(monkeypatch, noises, tmp_path / "four", *flags)
-    run_inference(monkeypatch, noises, tmp_path / "three", *flags, "--batch_size", 3)
+    call(inference, "--device", "cpu", noises, tmp_path / "four", *flags)
+    call(inference, "--device", "cpu", noises, tmp_path / "three", *flags, "--batch_size", 3)
     monkeypatch.setitem(inference.PIXELS, "cpu", 2 * 32 * 32)
-    run_inference(monkeypatch, noises, tmp_path / "two", *flags)
+    call(inference, "--device", "cpu", noises, tmp_path / "two", *flags)
     assert batches == [4, 3, 1, 2, 2]
     four, three, two = (read_pngs(tmp_path / name) for name in ("four", "three", "two"))
     assert four.keys() == three.keys() == two.keys() and len(four) == 4
@@ -446,7 +434,7 @@ def test_flags_set_an_image_but_batch_size_and_interruption_do_not(tmp_path, noi
     (tmp_path / "three/00.png").write_bytes((tmp_path / "four/00.png").read_bytes()[:1500])  # as a crash leaves it
     (tmp_path / "three/01.png").unlink()
     (tmp_path / "three/b c.d.png").write_bytes(b"")
-    run_inference(monkeypatch, noises, tmp_path / "three", *flags, "--skip_existing")
+    call(inference, "--device", "cpu", noises, tmp_path / "three", *flags, "--skip_existing")
     assert batches[5:] == [2, 1] and (read_pngs(tmp_path / "three")["z.png"] == [255, 0, 0]).all()
     again = read_pngs(tmp_path / "three")
     assert all(equal(again[name], four[name]) for name in four if name != "z.png")
@@ -458,18 +446,18 @@ def test_out_of_memory_halves_the_batch(tmp_path, noises, unet_pt, monkeypatch, 
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")
         return ddim.ddim(model, noise, *arguments)
     monkeypatch.setattr(inference, "ddim", two_at_most)
-    run_inference(monkeypatch, noises, tmp_path / "out", unet_pt, "--steps", 1, "--batch_size", 4)
+    call(inference, "--device", "cpu", noises, tmp_path / "out", unet_pt, "--steps", 1, "--batch_size", 4)
     assert len(read_pngs(tmp_path / "out")) == 4 and "batches of 2" in capsys.readouterr().err
 
 
-def test_amp_is_close_to_float32_and_nan_is_not_written(tmp_path, noises, unet_pt, monkeypatch):
-    run_inference(monkeypatch, noises, tmp_path / "float32", unet_pt, "--steps", 2)
-    run_inference(monkeypatch, noises, tmp_path / "amp", unet_pt, "--steps", 2, "--amp", "bf16")
+def test_amp_is_close_to_float32_and_nan_is_not_written(tmp_path, noises, unet_pt):
+    call(inference, "--device", "cpu", noises, tmp_path / "float32", unet_pt, "--steps", 2)
+    call(inference, "--device", "cpu", noises, tmp_path / "amp", unet_pt, "--steps", 2, "--amp", "bf16")
     errors = evaluate.mean_squared_errors(*(evaluate.read_folder(tmp_path / name) for name in ("float32", "amp")))
     assert len(errors) == 4 and 0 < max(errors.values()) < 20  # the course's baseline
     torch.save(dict(narrow_weights(), **{"out.2.weight": torch.full((3, 8, 3, 3), 3e38)}), tmp_path / "huge.pt")
     with pytest.raises(UserError, match="00.png comes out as NaN"):
-        run_inference(monkeypatch, noises, tmp_path / "out", tmp_path / "huge.pt", "--steps", 1)
+        call(inference, "--device", "cpu", noises, tmp_path / "out", tmp_path / "huge.pt", "--steps", 1)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -536,12 +524,12 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, noises, unet_
             ([noises, "out", "corrupt.pt"], "corrupt.pt is damaged"),
             ([noises, "out", unet_pt, "--amp", "fp16"], "needs a GPU")]:
         with pytest.raises(UserError) as error:
-            run_inference(monkeypatch, *arguments)
+            call(inference, "--device", "cpu", *arguments)
         assert message in str(error.value)
     for arguments, message in [([noises, "out"], "required: checkpoint"), ([noises, "", unet_pt], "path is empty"),
                                ([noises, "out", unet_pt, "--steps", 1001], "not an integer from 1 to 1000")]:
         with pytest.raises(SystemExit) as stop:
-            run_inference(monkeypatch, *arguments)
+            call(inference, "--device", "cpu", *arguments)
         assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*"))
 
@@ -574,7 +562,7 @@ def tiny(data, out, *more):
 
 
 def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return files.read_jsonl(out / "metrics.jsonl")
 
 
 def test_training_resumes_bit_for_bit(faces, tmp_path, monkeypatch):
@@ -654,7 +642,7 @@ def test_bad_training_flags_get_a_sentence(faces, tmp_path, monkeypatch, flags, 
 
 def test_the_committed_checkpoint_is_what_train_py_writes(monkeypatch):
     content = files.load_checkpoint(FACE64, "p2_ddim", ["config", "recipe", "metrics", "ema"])
-    lines = [json.loads(line) for line in (FACE64.parent / "metrics.jsonl").read_text().splitlines()]
+    lines = files.read_jsonl(FACE64.parent / "metrics.jsonl")
     assert content["config"] == dict(channel=32, size=64) and content["metrics"] == lines[-1:]
     monkeypatch.setattr(sys, "argv", ["train.py", "--data_dir", "faces"])
     assert content["recipe"] == training.recipe(train.parse_args())

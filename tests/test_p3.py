@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,9 +19,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import training
-from conftest import ENVIRONMENT
+from conftest import ENVIRONMENT, ROOT, call, close
 from dataset import load_split, read_images
-from files import save_checkpoint
+from files import read_jsonl, save_checkpoint
 from p3_dann import augment, choice, evaluate, features, inference, methods, studies, train
 from p3_dann.batches import Batch, balanced_draw, draw_batch, load_training_images
 from p3_dann.methods import METHODS, Objective, lambda_schedule, predicted_domain, run_name
@@ -31,7 +30,6 @@ from p3_dann.prediction import adapt_statistics, predict
 from training import seed_all
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(widths=(4, 4, 4), num_features=8)
 DOMAINS = dict(source="mnistm", target="svhn")
 
@@ -49,11 +47,6 @@ def write_csv(path, rows):
     path.write_text("".join(f"{','.join(map(str, row))}\n" for row in rows))
 
 
-def close(a, b, rtol=1e-4):
-    """Equal up to `rtol` of the largest value: some float32 roundings, in whatever order sums are taken."""
-    return (a - b).abs().max() <= rtol * b.abs().max()
-
-
 @pytest.fixture
 def tiny_network(monkeypatch):
     """Makes training use a network that is quick to train, and epochs of two steps."""
@@ -61,13 +54,8 @@ def tiny_network(monkeypatch):
     monkeypatch.setattr(train, "STEPS_PER_EPOCH", 2)
 
 
-def call(monkeypatch, module, *argv):
-    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
-    module.main()
-
-
-def train_tiny(monkeypatch, data_dir, output_dir, *flags):
-    call(monkeypatch, train, "--data_dir", data_dir, "--output_dir", output_dir, "--epochs", 2, "--batch_size", 8,
+def train_tiny(data_dir, output_dir, *flags):
+    call(train, "--data_dir", data_dir, "--output_dir", output_dir, "--epochs", 2, "--batch_size", 8,
          "--warmup", 1, "--device", "cpu", *flags)
     return torch.load(output_dir / "model.pt", weights_only=True)["ema"]
 
@@ -207,14 +195,14 @@ def test_adamatch_aligns_the_target_s_classes_with_the_source_s():
     answers = torch.tensor([[0.5, 0.5], [0.2, 0.8]])
     aligned = methods.align(answers, torch.tensor([0.6, 0.4]), torch.tensor([0.3, 0.7]))
     expected = torch.tensor([[2.0 * 0.5, 4 / 7 * 0.5], [2.0 * 0.2, 4 / 7 * 0.8]])
-    assert close(aligned, expected / expected.sum(dim=1, keepdim=True), rtol=1e-6)
+    assert close(aligned, expected / expected.sum(dim=1, keepdim=True), share=1e-6)
 
 
 def test_adamatch_s_running_distribution_follows_the_mean():
     running = torch.tensor([0.5, 0.5])
     for _ in range(2):
         methods.follow(running, torch.tensor([[1.0, 0.0], [0.6, 0.4]]), decay=0.75)  # mean 0.8
-    assert close(running, torch.tensor([0.8 - 0.3 * 0.75 ** 2, 0.2 + 0.3 * 0.75 ** 2]), rtol=1e-6)
+    assert close(running, torch.tensor([0.8 - 0.3 * 0.75 ** 2, 0.2 + 0.3 * 0.75 ** 2]), share=1e-6)
 
 
 def test_adamatch_interpolates_every_logit_at_its_own_place():
@@ -227,7 +215,7 @@ def test_adamatch_interpolates_every_logit_at_its_own_place():
     place = torch.rand(2, 3)
     seed_all(1)
     a, b = torch.arange(6.0).view(2, 3), torch.tensor([[3.0, -1, 0], [7, 2, 5]])
-    assert close(methods.interpolate(a, b), place * a + (1 - place) * b, rtol=1e-6)
+    assert close(methods.interpolate(a, b), place * a + (1 - place) * b, share=1e-6)
 
 
 def test_adamatch_s_ramp():
@@ -308,7 +296,7 @@ def test_standardize():
     assert x.mean(dim=(1, 2, 3)).abs().max() < 1e-5 * x.std()
     assert ((x.std(dim=(1, 2, 3)) - 1).abs() < 0.1).all()
     dim = augment.standardize(images.float() * 0.5 + 60)  # contrast and brightness do not count
-    assert close(dim / dim.std(), x / x.std(), rtol=0.01)
+    assert close(dim / dim.std(), x / x.std(), share=0.01)
     flat = torch.full((1, 3, 28, 28), 77, dtype=torch.uint8)
     assert torch.equal(augment.standardize(flat), torch.zeros(1, 1, 28, 28))
 
@@ -343,7 +331,7 @@ def test_prediction_is_the_mean_over_views():
     adapt_statistics(model, images)
     looks = list(augment.views(images))
     plain = augment.standardize(images)
-    assert len(looks) == 3 and close(looks[1], -plain, rtol=1e-3)
+    assert len(looks) == 3 and close(looks[1], -plain, share=1e-3)
     with torch.no_grad():
         mean = torch.stack([model(look).softmax(dim=1) for look in looks]).mean(dim=0)
         assert close(predict(model, images), mean)
@@ -453,8 +441,8 @@ def test_weak_views_stay_near_and_strong_ones_do_not():
 # --- Training -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.unlabelled])
-def test_target_labels_do_not_matter(monkeypatch, tmp_path, data_dir, tiny_network, method):
-    expected = train_tiny(monkeypatch, data_dir, tmp_path / "plain", "--method", method)
+def test_target_labels_do_not_matter(tmp_path, data_dir, tiny_network, method):
+    expected = train_tiny(data_dir, tmp_path / "plain", "--method", method)
     for variant in ("shuffled", "removed"):
         changed = tmp_path / f"{variant} data"
         shutil.copytree(data_dir, changed)
@@ -467,24 +455,24 @@ def test_target_labels_do_not_matter(monkeypatch, tmp_path, data_dir, tiny_netwo
                 write_csv(path, [header, *((name, label) for (name, _), label in zip(rows, labels))])
             else:
                 write_csv(path, [["image_name"], *([name] for name, _ in rows)])
-        assert same_tensors(train_tiny(monkeypatch, changed, tmp_path / variant, "--method", method), expected)
-    assert not same_tensors(train_tiny(monkeypatch, data_dir, tmp_path / "other", "--method", method, "--seed", 1),
+        assert same_tensors(train_tiny(changed, tmp_path / variant, "--method", method), expected)
+    assert not same_tensors(train_tiny(data_dir, tmp_path / "other", "--method", method, "--seed", 1),
                             expected)
 
 
 @pytest.mark.parametrize("method, domain", [("source_only", "mnistm"), ("target_only", "svhn")])
-def test_a_method_of_one_domain_needs_no_other(monkeypatch, tmp_path, data_dir, tiny_network, method, domain):
+def test_a_method_of_one_domain_needs_no_other(tmp_path, data_dir, tiny_network, method, domain):
     lonely = tmp_path / "data"
     shutil.copytree(data_dir / "digits" / domain, lonely / "digits" / domain)
-    weights = train_tiny(monkeypatch, lonely, tmp_path / "out", "--method", method)
+    weights = train_tiny(lonely, tmp_path / "out", "--method", method)
     report = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     assert set(report["validation_accuracy"]) == {domain}
-    assert same_tensors(weights, train_tiny(monkeypatch, data_dir, tmp_path / "again", "--method", method))
+    assert same_tensors(weights, train_tiny(data_dir, tmp_path / "again", "--method", method))
 
 
 @pytest.mark.parametrize("method, when", [("dann", "second epoch"), ("dann", "end"), ("adamatch", "second epoch")])
 def test_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path, data_dir, tiny_network, method, when):
-    expected = train_tiny(monkeypatch, data_dir, tmp_path / "whole", "--method", method)
+    expected = train_tiny(data_dir, tmp_path / "whole", "--method", method)
     write_jsonl = training.write_jsonl
 
     def interrupt(path, rows):
@@ -494,12 +482,11 @@ def test_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path, dat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "write_jsonl", interrupt)
-        train_tiny(patch, data_dir, tmp_path / "parts", "--method", method)
+        train_tiny(data_dir, tmp_path / "parts", "--method", method)
     assert not (tmp_path / "parts" / "model.pt").exists()
-    resumed = train_tiny(monkeypatch, data_dir, tmp_path / "parts", "--method", method, "--resume")
+    resumed = train_tiny(data_dir, tmp_path / "parts", "--method", method, "--resume")
     assert same_tensors(resumed, expected) and ("source_classes" in resumed) == (method == "adamatch")
-    whole, parts = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-                    for name in ("whole", "parts"))
+    whole, parts = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     for line in whole + parts:
         del line["seconds"], line["images_per_second"]
     assert parts == whole and [line["step"] for line in whole] == [2, 4]
@@ -517,27 +504,27 @@ def test_a_method_s_defaults_can_be_overruled(monkeypatch):
         assert (args.epochs, args.batch_size) == expected
 
 
-def test_mistakes_in_training_are_told(monkeypatch, tmp_path, data_dir, tiny_network):
+def test_mistakes_in_training_are_told(tmp_path, data_dir, tiny_network):
     for flags, message in ((["--source", "svhn"], "two domains"), (["--resume"], "start without --resume"),
                            (["--threshold", "0.7"], "--method dann has no --threshold"),
                            (["--method", "adamatch", "--lambda_max", "3"], "adamatch has no --lambda_max"),
                            (["--without", "geometry", "cutout"], "dann has no strong view, so it is always"),
                            (["--batch_size", "1"], "one image"), (["--lr", "1e30"], "loss is not finite")):
         with pytest.raises(UserError, match=message):
-            train_tiny(monkeypatch, data_dir, tmp_path / "out", *flags)
+            train_tiny(data_dir, tmp_path / "out", *flags)
     assert os.listdir(tmp_path / "out") == []
     with pytest.raises(UserError, match="nowhere"):
-        train_tiny(monkeypatch, tmp_path / "nowhere", tmp_path / "out")
+        train_tiny(tmp_path / "nowhere", tmp_path / "out")
     few = tmp_path / "few"
     shutil.copytree(data_dir, few)
     write_csv(few / "digits/svhn/train.csv", [("image_name", "label"), ("00000.png", 0)])
     with pytest.raises(UserError, match="single training image of svhn"):
-        train_tiny(monkeypatch, few, tmp_path / "out")
-    train_tiny(monkeypatch, data_dir, tmp_path / "out")
+        train_tiny(few, tmp_path / "out")
+    train_tiny(data_dir, tmp_path / "out")
     with pytest.raises(UserError, match="--resume"):
-        train_tiny(monkeypatch, data_dir, tmp_path / "out")
+        train_tiny(data_dir, tmp_path / "out")
     with pytest.raises(UserError, match="was trained with --lr 0.003; resume"):
-        train_tiny(monkeypatch, data_dir, tmp_path / "out", "--resume", "--lr", "0.1")
+        train_tiny(data_dir, tmp_path / "out", "--resume", "--lr", "0.1")
     with pytest.raises(UserError, match="model.pt"):
         load_model(tmp_path / "out" / "last.pt")
 
@@ -593,11 +580,11 @@ def test_studies_measure_and_publish_their_networks(monkeypatch, tmp_path, data_
     monkeypatch.setattr(studies, "train", train_nothing)
     monkeypatch.setattr(studies, "ROOT", tmp_path)
     for table in ("ablation", "main", "main", "choice"):
-        call(monkeypatch, studies, "--publish", "--data_dir", data_dir, "--output_dir", tmp_path / table,
+        call(studies, "--publish", "--data_dir", data_dir, "--output_dir", tmp_path / table,
              "--tables", table, "--runs", "*_[ls]*")
     assert trained == [*tables["ablation"], *tables["main"], *tables["choice"]]
     with pytest.raises(UserError, match="no training of main is called nothing"):
-        call(monkeypatch, studies, "--data_dir", data_dir, "--output_dir", tmp_path / "x", "--runs", "nothing")
+        call(studies, "--data_dir", data_dir, "--output_dir", tmp_path / "x", "--runs", "nothing")
     table = pd.read_csv(published / "results.csv")
     assert set(table.run) == set(trained) and set(table.minutes) == {1.2}
     assert table[list(choice.SCORES)].notna().all(axis=None) and set(table.confident) == {0}
@@ -676,7 +663,7 @@ def test_wrapper_answers_every_image_once(tmp_path, checkpoint):
     ("output is a folder", "is a folder"), ("output below a file", "is a file"), ("damaged checkpoint", "damaged"),
     ("weights of NaN", "NaN"), ("another network", "do not fit Dann"),
 ])
-def test_mistakes_in_prediction_are_told(monkeypatch, tmp_path, checkpoint, mistake, message):
+def test_mistakes_in_prediction_are_told(tmp_path, checkpoint, mistake, message):
     images, output, weights = tmp_path / "some images", tmp_path / "pred.csv", tmp_path / "weights.pt"
     images.mkdir()
     shutil.copy(checkpoint, weights)
@@ -701,7 +688,7 @@ def test_mistakes_in_prediction_are_told(monkeypatch, tmp_path, checkpoint, mist
     elif mistake == "another network":
         torch.save(dict(content, config=dict(content["config"], num_features=9)), weights)
     with pytest.raises(UserError, match=message):
-        call(monkeypatch, inference, images, output, "--checkpoint", weights)
+        call(inference, images, output, "--checkpoint", weights)
     assert not output.is_file()
 
 
@@ -750,7 +737,7 @@ def test_the_target_picks_the_network(monkeypatch, tmp_path, capsys, checkpoint,
     (tmp_path / folder).mkdir()
     for seed in range(3):
         save_image(tmp_path / folder / f"{seed}.png", seed, mode)
-    call(monkeypatch, inference, tmp_path / folder, tmp_path / "pred.csv")
+    call(inference, tmp_path / folder, tmp_path / "pred.csv")
     assert len(read_rows(tmp_path / "pred.csv")) == 4
     out, err = capsys.readouterr()
     assert f"({reason})" in out and warning in err and bool(warning) == ("--target" in err)
@@ -769,11 +756,11 @@ def test_each_assignment_has_its_networks(monkeypatch, tmp_path, capsys, checkpo
     for command in ([tmp_path, target, tmp_path / "pred.csv", *flags],
                     [*flags, tmp_path, tmp_path / "pred.csv", "--target", target]):
         with pytest.raises(UserError, match=f"there is no .*{name}.pt; .*hw2_download.sh"):
-            call(monkeypatch, inference, *command)
+            call(inference, *command)
     shutil.copy(checkpoint, tmp_path / f"{name}.pt")
     for command in ([tmp_path, target, tmp_path / "pred.csv", *flags],
                     [*flags, tmp_path, tmp_path / "pred.csv", "--target", target]):
-        call(monkeypatch, inference, *command)
+        call(inference, *command)
         assert f"(as asked); network {tmp_path / name}.pt" in capsys.readouterr().out
 
 
@@ -796,7 +783,7 @@ def test_mistakes_at_2020_s_doors_are_told(monkeypatch, tmp_path, capsys, checkp
     monkeypatch.setattr(inference, "CHECKPOINTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises((UserError, SystemExit)) as error:
-        call(monkeypatch, inference, "--assignment", "2020", "--method", "adamatch", *arguments)
+        call(inference, "--assignment", "2020", "--method", "adamatch", *arguments)
     if isinstance(error.value, SystemExit):
         assert error.value.code == 2
     assert message in str(error.value) + capsys.readouterr().err and not (tmp_path / "pred.csv").exists()
@@ -901,13 +888,13 @@ def test_compare_counts_faults_as_wrong():
                       "predicted to be no digit": ["d"]}
 
 
-def test_evaluate_script(monkeypatch, tmp_path, capsys):
+def test_evaluate_script(tmp_path, capsys):
     write_csv(tmp_path / "pred.csv", [("image_name", "label"), ("a.png", 1), ("b.png", 2)])
     write_csv(tmp_path / "true.csv", [("image_name", "label"), ("b.png", 3), ("a.png", 1)])
-    call(monkeypatch, evaluate, tmp_path / "pred.csv", tmp_path / "true.csv")
+    call(evaluate, tmp_path / "pred.csv", tmp_path / "true.csv")
     assert capsys.readouterr().out.startswith("accuracy = 0.5000 (1/2)\n")
     with pytest.raises(UserError, match="none.csv"):
-        call(monkeypatch, evaluate, tmp_path / "pred.csv", tmp_path / "none.csv")
+        call(evaluate, tmp_path / "pred.csv", tmp_path / "none.csv")
 
 
 def test_proxy_a_distance():
@@ -918,7 +905,7 @@ def test_proxy_a_distance():
 
 def test_picture(monkeypatch, tmp_path, capsys, data_dir, checkpoint):
     for flags in [], ["--before", checkpoint]:
-        call(monkeypatch, features, checkpoint, tmp_path / "new" / "figure.png", "--data_dir", data_dir,
+        call(features, checkpoint, tmp_path / "new" / "figure.png", "--data_dir", data_dir,
              "--target", "usps", *flags)
         with Image.open(tmp_path / "new" / "figure.png") as image:
             assert min(image.size) > 300
@@ -927,7 +914,7 @@ def test_picture(monkeypatch, tmp_path, capsys, data_dir, checkpoint):
     assert re.fullmatch(r"proxy A-distance: before adaptation ([\d.]+), dann \1; wrote .*", said[1])
     monkeypatch.setattr(features, "picture", None)  # a mistake is told before t-SNE takes its time
     with pytest.raises(UserError, match="a figure is an .svg or a .png file; name .*figure.pdf so"):
-        call(monkeypatch, features, checkpoint, tmp_path / "figure.pdf", "--data_dir", data_dir)
+        call(features, checkpoint, tmp_path / "figure.pdf", "--data_dir", data_dir)
 
 
 def test_domains_share_adamatch_s_statistics_and_have_their_own_in_dann():

@@ -1,11 +1,9 @@
 """Faces by a generative adversarial network. Tiny networks, made-up faces, no data set."""
 
-import json
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,9 +13,9 @@ from PIL import Image
 
 import face_grader
 import training
-from conftest import ENVIRONMENT, call
+from conftest import ENVIRONMENT, ROOT, call
 from faces import face_source, read_faces
-from files import digest_of
+from files import digest_of, read_jsonl
 from p5_gan import evaluate, inference, studies, train
 from p5_gan.augment import DiffAugment, colour, cutout, translation
 from p5_gan.losses import LOSSES
@@ -25,7 +23,6 @@ from p5_gan.model import Discriminator, Generator, load_model
 from transforms import as_input
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -203,7 +200,7 @@ def test_real_and_generated_faces_are_augmented_together(data, tmp_path, monkeyp
 
 
 def test_the_log_shows_whether_the_players_match(trained):
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(trained / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         assert {"real_logit", "generated_logit", "accuracy", "discriminator_loss", "generator_loss", "augmented",

@@ -22,7 +22,7 @@ from PIL import Image
 
 import files
 import training
-from conftest import call
+from conftest import ROOT, call
 from dataset import read_rgb
 from p6_personalize import evaluate, inference, inversion, model, prompts, train, zero_shot
 from p6_personalize.tiny import concepts, scenes, tokenizer
@@ -31,7 +31,6 @@ from p6_personalize.tiny import train as tiny_train
 from report import build
 from report import p6 as report
 
-ROOT = Path(__file__).resolve().parents[1]
 WORDS = ROOT / "p6_personalize/tiny/tokenizer"
 TEXT = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
 
@@ -255,7 +254,7 @@ def test_a_random_square_covers_the_shorter_side():
 
 
 def test_training_writes_what_diffusers_loads_and_keeps_the_best(learnt, pipeline):
-    rows = [json.loads(line) for line in (learnt / "metrics.jsonl").read_text().splitlines()]
+    rows = files.read_jsonl(learnt / "metrics.jsonl")
     assert [row["step"] for row in rows] == [2, 4] and all(np.isfinite(row["loss"]) for row in rows)
     best = max(rows, key=lambda row: row["image_score"] + 2.5 * row["text_score"])["step"]
     chosen = (learnt / "learned_embeds.safetensors").read_bytes()

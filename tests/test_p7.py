@@ -20,8 +20,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 import training
-from conftest import ENVIRONMENT, call
-from files import digest_of, load_checkpoint, save_checkpoint
+from conftest import ENVIRONMENT, ROOT, assert_near, call, randomised
+from files import digest_of, load_checkpoint, read_jsonl, save_checkpoint
 from p1_ddpm.diffusion import ddim, ddpm, guided_predictor, uniform_timesteps
 from p1_ddpm.inference import Sampling
 from p7_clevr import evaluate, guidance, inference, scenes, studies, train, train_evaluator
@@ -29,16 +29,9 @@ from p7_clevr.evaluator import NETWORKS, Encoder, Evaluator, load_grader, top_k_
 from p7_clevr.model import SceneUNet, load_model, scene_schedule
 from report import build, p7, readme
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(channels=[8, 8], condition="tokens", patch=8)
 COLORS = dict(zip(scenes.COLORS, ("#575757", "#ad2323", "#2a4bd7", "#1d6914", "#814a19", "#8126c0", "#29d0d0",
                                   "#ffee33")))
-
-
-def assert_near(actual, expected, share):
-    """No element is off by more than `share` of the largest expected value: float32 sums in another order, as other
-    processors and thread counts have it, differ by some 1e-6 of it."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=share * expected.abs().max().item())
 
 
 def draw_scene(names, rng, size=(64, 64)):
@@ -75,15 +68,6 @@ def small_encoder(one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(NETWORKS, "encoder", functools.partial(Encoder, (16, 16, 16), 16))
         yield
-
-
-def randomised(model, seed=0):
-    """`model` in evaluation mode, its zero-initialised layers random too, so that every part of it matters."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
 
 
 # --- Conditions and pictures --------------------------------------------------------------------
@@ -421,7 +405,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
     first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, parts))
     for key in ("model", "ema"):
         assert all(torch.equal(value, second[key][name]) for name, value in first[key].items())
-    lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(parts / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 6, 8] and all(len(line["loss_quarters"]) == 4 for line in lines)
     for key in ("loss", "loss_eps", "lr"):
         assert [line[key] for line in lines] == [line[key] for line in first["metrics"]]
@@ -435,7 +419,7 @@ def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch):
     monkeypatch.setattr(train, "sample_grid", lambda *arguments: None)
     run_train(data_dir, tmp_path, "--epochs", 4, "--lr", 3e-3, "--save_every", 8, "--channels", 24, 8, "--patch", 4,
               "--timesteps", 1000)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in read_jsonl(tmp_path / "metrics.jsonl")]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -487,7 +471,7 @@ def graders(tmp_path_factory, data_dir):
 
 
 def test_a_grader_learns_and_its_file_is_an_evaluator(graders, data_dir):
-    lines = [json.loads(line) for line in (graders / "training/judge/metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(graders / "training/judge/metrics.jsonl")
     share = 2 / 24  # of the objects, in the mean over pictures of one, two and three
     knows_nothing = -24 * (share * math.log(share) + (1 - share) * math.log(1 - share))
     assert lines[-1]["loss"] < 0.9 * knows_nothing and 0 <= lines[-1]["accuracy"] <= 1
@@ -765,7 +749,7 @@ def test_the_shipped_networks_have_the_settings_of_the_printed_commands(monkeypa
     free = {"sample_every"}  # when a picture is drawn changes no weight
     assert {key: wanted[key] for key in shipped["recipe"].keys() - free} == {
         key: value for key, value in shipped["recipe"].items() if key not in free}
-    lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    lines = read_jsonl(path.with_suffix(".jsonl"))
     assert lines[-1] == shipped["metrics"][-1] and lines[-1]["epoch"] == shipped["recipe"]["epochs"]
     if script is train_evaluator:
         assert " ".join(arguments) in script.__doc__

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import ROOT, call, randomised
 from dataset import load_split
 from files import digest_of, save_checkpoint
 from p1_ddpm import studies as p1_studies
@@ -25,22 +25,7 @@ from report import build, p1, p2
 from UNet import UNet as FaceUNet
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 TIMESTEPS = 50
-
-
-def random_weights(model, seed):
-    """The model with weights that let every input matter (untrained ones are zero at the end)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
-def call(monkeypatch, module, *argv):
-    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
-    module.main()
 
 
 # --- What the chapters leave, with random networks and made-up results --------------------------
@@ -54,13 +39,13 @@ def make_p1(folder):
                for i in (1, 2, 3, 4)]
     save_checkpoint(folder / "ddpm.pt", kind="p1_ddpm", metrics=metrics[-1:],
                     config=dict(network=config, schedule=dict(name="cosine", timesteps=TIMESTEPS)),
-                    recipe=recipe, ema=random_weights(DigitUNet(**config), 0).state_dict())
+                    recipe=recipe, ema=randomised(DigitUNet(**config), 0).state_dict())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     both = dict(network=dict(config, num_classes=20), schedule=dict(name="cosine", timesteps=TIMESTEPS),
                 domains=["mnistm", "svhn"])
     save_checkpoint(folder / "mnistm_svhn.pt", kind="p1_ddpm", config=both, metrics=metrics[-1:],
                     recipe=dict(recipe, epochs=4, muon_lr=0.02, dropout=0.1),
-                    ema=random_weights(DigitUNet(**both["network"]), 0).state_dict())
+                    ema=randomised(DigitUNet(**both["network"]), 0).state_dict())
     (folder / "mnistm_svhn.jsonl").write_text("".join(
         json.dumps(dict(line, step=9 * line["epoch"], val_loss_mnistm=0.2, val_loss_svhn=0.1)) + "\n"
         for line in metrics))
@@ -85,7 +70,7 @@ def make_p3(root, data_dir):
         folder.mkdir(parents=True)
         recipe = dict(seed=0, lambda_max=0.1, epochs=2, batch_size=128, lr=0.003, ema=0.995,
                       weight_decay=0.001) | settings
-        model = random_weights(Dann(widths=(4, 4, 4), num_features=8), recipe["seed"])
+        model = randomised(Dann(widths=(4, 4, 4), num_features=8), recipe["seed"])
         adapt_statistics(model, images)  # otherwise all answers are the same
         save_checkpoint(folder / "model.pt", kind="p3_dann", config=model.config, recipe=recipe, ema=model.state_dict())
         (folder / "metrics.jsonl").write_text("".join(
@@ -97,7 +82,7 @@ def make_p3(root, data_dir):
         patch.setattr(p3_studies, "ROOT", root)
         for output, table, runs in (("output", "main", "*"), ("output", "choice", "mnistm_*_lambda_0.[13]_s0"),
                                     ("ablation", "ablation", "*")):
-            call(patch, p3_studies, "--data_dir", data_dir, "--output_dir", root / output, "--tables", table,
+            call(p3_studies, "--data_dir", data_dir, "--output_dir", root / output, "--tables", table,
                  "--runs", runs, "--publish")
     assert len(trained) == len(set(trained)) == 15 + 4 + 5
 
@@ -106,7 +91,7 @@ def make_p2(root):
     """A small UNet of train.py's and four noises with one ground truth."""
     (root / "p2_ddim/checkpoints").mkdir(parents=True)
     save_checkpoint(root / "p2_ddim/checkpoints/face64.pt", kind="p2_ddim", config=dict(channel=8, size=32),
-                    recipe=dict(epochs=7), ema=random_weights(FaceUNet(channel=8), 0).state_dict())
+                    recipe=dict(epochs=7), ema=randomised(FaceUNet(channel=8), 0).state_dict())
     generator = torch.Generator().manual_seed(0)
     for name in "noise", "truth":
         (root / name).mkdir()
@@ -128,12 +113,11 @@ def chapters(tmp_path_factory, data_dir):
 def report(tmp_path_factory, data_dir, chapters):
     """The folder into which a --quick build of 2023's report has written, and of 2024's problem 1."""
     folder = tmp_path_factory.mktemp("the report")
-    with pytest.MonkeyPatch.context() as patch:
-        for assignment, *part in ("dlcv2023_hw2",), ("dlcv2024_hw2", "--only", "p1_domains"):
-            call(patch, build, "--assignment", assignment, *part, "--quick", "--student_id", "r12345678",
-                 "--data_dir", data_dir, "--chapters", chapters, "--noise", chapters / "noise",
-                 "--unet", chapters / "p2_ddim/checkpoints/face64.pt", "--gt", chapters / "truth", "--device", "cpu",
-                 "--output_dir", folder)
+    for assignment, *part in ("dlcv2023_hw2",), ("dlcv2024_hw2", "--only", "p1_domains"):
+        call(build, "--assignment", assignment, *part, "--quick", "--student_id", "r12345678", "--data_dir", data_dir,
+             "--chapters", chapters, "--noise", chapters / "noise", "--unet",
+             chapters / "p2_ddim/checkpoints/face64.pt", "--gt", chapters / "truth", "--device", "cpu",
+             "--output_dir", folder)
     return folder
 
 
@@ -190,7 +174,7 @@ class Convolution(torch.nn.Conv2d):
 
 def build_p2(patch, chapters, output_dir, *flags):
     patch.setattr(p2, "load_model", lambda path, device: Convolution())
-    call(patch, build, "--quick", "--assignment", "dlcv2023_hw2", "--only", "p2", "--noise",
+    call(build, "--quick", "--assignment", "dlcv2023_hw2", "--only", "p2", "--noise",
          chapters / "noise", "--output_dir", output_dir, "--device", "cpu", *flags)
 
 
@@ -216,9 +200,9 @@ def test_one_part_where_the_others_were_never_made(tmp_path, chapters, monkeypat
     (["--only", "p2", "--unet", "UNet.pt"], "--unet and --noise belong together"),
     (["--only", "p7", "--assignment", "dlcv2023_hw2"], "--only p7 is in no report of dlcv2023_hw2"),
     (["--student_id", "../x"], "letters and digits")])
-def test_mistakes_are_told(tmp_path, monkeypatch, capsys, flags, message):
+def test_mistakes_are_told(tmp_path, capsys, flags, message):
     with pytest.raises((UserError, SystemExit)) as error:
-        call(monkeypatch, build, "--output_dir", tmp_path, *flags)
+        call(build, "--output_dir", tmp_path, *flags)
     assert message in str(error.value) + capsys.readouterr().err
     assert not list(tmp_path.rglob("*.pdf"))
 
@@ -233,7 +217,7 @@ def test_a_quick_build_leaves_the_committed_report_alone(monkeypatch):
 # --- Problem 1 ----------------------------------------------------------------------------------
 
 def test_drawing_of_the_architecture_follows_the_module():
-    blocks = p1.trace(random_weights(DigitUNet(channels=(8, 16), blocks=2), 0))
+    blocks = p1.trace(randomised(DigitUNet(channels=(8, 16), blocks=2), 0))
     names = [block["name"] for block in blocks]
     assert names == ["first", "down_high.0", "down_high.1", "downsample", "down_low.0", "down_low.1", "middle.0",
                      "middle.1", "middle.2", "up_low.0", "up_low.1", "upsample", "up_high.0", "up_high.1", "last"]

@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import ROOT, call
 from files import save_checkpoint
 from p4_vae.model import VAE
 from p5_gan.model import Discriminator, Generator
@@ -20,7 +19,6 @@ from report.layers import trace
 from UNet import UNet
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 MEASURES = dict(face_rate=0.5, kid=0.01, frechet=0.1, diversity=0.9, nearest=30.0)
 
 
@@ -77,15 +75,10 @@ def faces(tmp_path_factory):
     return folder
 
 
-def call(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["build.py", *map(str, argv)])
-    build.main()
-
-
-def test_the_report_on_faces_is_whole(chapters, faces, tmp_path, monkeypatch):
-    call(monkeypatch, "--quick", "--assignment", "dlcv2020_hw3", "--only", "p4", "--chapters", chapters, "--faces",
+def test_the_report_on_faces_is_whole(chapters, faces, tmp_path):
+    call(build, "--quick", "--assignment", "dlcv2020_hw3", "--only", "p4", "--chapters", chapters, "--faces",
          faces, "--attributes", faces.parent / "list.txt", "--device", "cpu", "--output_dir", tmp_path)
-    call(monkeypatch, "--quick", "--assignment", "dlcv2020_hw3", "--only", "p5", "--chapters", chapters, "--device",
+    call(build, "--quick", "--assignment", "dlcv2020_hw3", "--only", "p5", "--chapters", chapters, "--device",
          "cpu", "--output_dir", tmp_path)
     pdf = (tmp_path / "assignments/dlcv2020_hw3/report_p4_p5.pdf").read_bytes()
     assert pdf.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 4
@@ -98,13 +91,13 @@ def test_the_report_on_faces_is_whole(chapters, faces, tmp_path, monkeypatch):
     assert [row["name"] for row in p5["faces"]] == ["gan", "vae_normal", "vae_fitted", "ddim", "real"]
 
 
-def test_missing_records_are_told(tmp_path, faces, monkeypatch):
+def test_missing_records_are_told(tmp_path, faces):
     for part, name in (("p4", "p4_vae/checkpoints/metrics.jsonl"), ("p5", "p5_gan/checkpoints/metrics.jsonl")):
         with pytest.raises(UserError, match=f"there is no {tmp_path}/{name}"):
-            call(monkeypatch, "--quick", "--only", part, "--assignment", "dlcv2020_hw3", "--chapters", tmp_path,
+            call(build, "--quick", "--only", part, "--assignment", "dlcv2020_hw3", "--chapters", tmp_path,
                  "--output_dir", tmp_path, "--faces", faces, "--attributes", faces.parent / "list.txt")
     with pytest.raises(UserError, match="there is no .*nowhere, which p4 needs; name it with --faces"):
-        call(monkeypatch, "--quick", "--output_dir", tmp_path, "--faces", tmp_path / "nowhere")
+        call(build, "--quick", "--output_dir", tmp_path, "--faces", tmp_path / "nowhere")
 
 
 def test_the_drawing_follows_the_modules():

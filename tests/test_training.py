@@ -1,7 +1,6 @@
 """training.py: the schedule, the moving average, one update, Muon, what is logged, resuming, several processes."""
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 import training
+from files import read_jsonl
 
 
 def flags(output_dir, *more):
@@ -70,7 +70,7 @@ def test_a_resumed_training_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path,
         for name, value in whole[part].items():
             assert torch.equal(value, parts[part][name]), name
     assert str(whole["optimizer"]) == str(parts["optimizer"]) and whole["step"] == parts["step"] == 15
-    rows = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(tmp_path / "parts/metrics.jsonl")
     assert [(row["step"], row["epoch"]) for row in rows] == [(4, 0.8), (8, 1.6), (12, 2.4), (15, 3.0)]
     assert rows[0]["loss"] == whole["metrics"][0]["loss"] > rows[-1]["loss"] == whole["metrics"][-1]["loss"]
     slim = torch.load(tmp_path / "parts/model.pt", weights_only=True)

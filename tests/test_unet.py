@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import close
 from p2_ddim.model import load_model
 from UNet import Layer, ResBlock, SelfAttention, UNet, channel_of, groups
 
@@ -18,11 +19,6 @@ DATA = Path(__file__).parent / "data"
 # ill conditioned on purpose, magnify that a thousandfold; 1e-3 of the largest value is ten times what comes of it.
 # Double precision has nine digits more, and finds whatever is wrong.
 FLOAT32, FLOAT64 = 1e-3, 1e-9
-
-
-def close(values, expected, share):
-    """Whether no value is further from the expected one than this share of the largest expected value."""
-    return (values - expected).abs().max() <= share * expected.abs().max()
 
 
 def normal(*shape, seed=0):
