@@ -6,8 +6,8 @@
                                                            # what p6_personalize/requirements.txt names
     python3 report/build.py --only p1                      # makes one part anew, takes the others as made last; where
                                                            # they never were, it writes report_p1.pdf
-    python3 report/build.py --student_id r12345678         # assignments/dlcv2023_hw2/hw2_r12345678.pdf
-    python3 report/build.py --quick                        # a minute: to see that all is in place
+    python3 report/build.py --assignment dlcv2023_hw2 --student_id r12345678        # writes hw2_r12345678.pdf there
+    python3 report/build.py --assignment dlcv2023_hw2 --quick     # a minute: to see that all is in place
     python3 report/build.py --only p2 --unet UNet.pt --noise NOISE_DIR --gt GT_DIR     # with the course's files
 
 With the course's files problem 2's part asks for 15,000 passes of the large network: minutes on a GPU, hours on a CPU.
