@@ -2,6 +2,7 @@
 makes a data set of random digits for the tests that need all three domains."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -57,6 +58,20 @@ def randomised(model, seed=0):
     return model.eval()
 
 
+def assert_same_training(folder, other):
+    """The last.pt in two folders hold the same bit for bit, but for what the clock says; returns what they hold."""
+    first, second = (torch.load(path / "last.pt", weights_only=True) for path in (folder, other))
+    for row in first["metrics"] + second["metrics"]:
+        del row["seconds"], row["images_per_second"]
+    assert first.keys() == second.keys()
+    for key, content in first.items():
+        if key in ("kind", "config", "recipe"):
+            assert content == second[key]
+        else:
+            torch.testing.assert_close(second[key], content, rtol=0, atol=0, msg=lambda message: f"{key}: {message}")
+    return first
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For networks of a few channels a second thread costs more than it gives, tenfold where something else runs."""
@@ -103,4 +118,46 @@ def torchrun(tmp_path):
             process.terminate()  # torchrun then ends its workers, by force after half a minute
             pytest.fail("two processes waited for ever:\n" + "".join(process.communicate(timeout=100)))
         return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+    return run
+
+
+AGREE = """
+import hashlib, importlib, sys
+sys.path.insert(0, {root!r})
+import utils, torch, training
+
+networks, make_parts = [], training.make_parts
+
+def remember(model, *args):
+    networks.append(model)
+    return make_parts(model, *args)
+
+def main():
+    training.make_parts = remember
+    for module, flags in {trainings!r}:
+        sys.argv[1:] = flags
+        importlib.import_module(module).main()
+    for network in networks:
+        content = torch.cat([tensor.detach().flatten() for tensor in network.{tensors}()]).numpy().tobytes()
+        sys.stdout.write(f"weights {{hashlib.sha256(content).hexdigest()}}\\n")
+
+utils.run(main)
+"""
+
+
+@pytest.fixture
+def train_together(tmp_path, torchrun):
+    """train_together((module, flags), ...): `torchrun` of each main(), such as p1_ddpm.train's; returns what it prints.
+
+    Fails where the two processes' networks do not agree: each draws its own noise and images, so they do only if
+    gradients are averaged. tensors: all that have to agree, where these are more than the parameters.
+    """
+    def run(*trainings, tensors="parameters"):
+        trainings = [(module, list(map(str, flags))) for module, flags in trainings]
+        (tmp_path / "agree.py").write_text(AGREE.format(root=str(ROOT), trainings=trainings, tensors=tensors))
+        done = torchrun(tmp_path / "agree.py")
+        assert done.returncode == 0, done.stderr
+        weights = re.findall("weights (.+)", done.stdout)
+        assert len(weights) == 2 * len(set(weights)) and len(set(weights)) >= len(trainings)
+        return done.stdout
     return run

@@ -14,6 +14,8 @@ import face_grader
 from face_grader import (Judge, cut_grid, found_faces, frechet_distance, kernel_distance, mean_distance,
                          nearest_distances, read_generated, report)
 from faces import face_source, save_grid
+from p5_gan.inference import generate
+from p5_gan.model import CHECKPOINT, load_model
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,10 +150,14 @@ def test_a_missing_package_gets_a_sentence():
         face_grader.package_file("no_such_judge", "weights")
 
 
-def test_the_detector_finds_no_face_where_there_is_none():
+def test_the_detector_tells_one_face_from_none_and_from_two():
     pytest.importorskip("dlib")
     grey = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
-    assert not found_faces(torch.cat([grey, random_images(2)])).any()
+    generated = generate(load_model(CHECKPOINT), range(6), seed=0)
+    found = found_faces(torch.cat([grey, random_images(2), generated]))
+    assert not found[:3].any() and found[3:].any()
+    one = generated[found[3:]]
+    assert not found_faces(torch.cat([one, one], dim=3)).all()
 
 
 def test_features_have_their_shapes_and_are_the_images_own():

@@ -132,6 +132,13 @@ def test_checkpoint_comes_back(tmp_path):
         files.load_checkpoint(path, "p1_ddpm", [])
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "last.pt", []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, path.exists())))
+    files.save_checkpoint(path, kind="p1_ddpm", ema={"weight": torch.zeros(500)})
+    assert synced == [(path.stat().st_size, False)]
+
+
 class Malicious:
     """Unpickling it would create the folder `path`."""
 

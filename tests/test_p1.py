@@ -21,11 +21,13 @@ from sklearn.datasets import load_digits
 
 import digit_classifier
 import training
-from conftest import ENVIRONMENT, ROOT, assert_near, call, randomised
+from conftest import ENVIRONMENT, ROOT, assert_near, assert_same_training, call, randomised
+from dataset import load_domains
 from files import digest_of, load_checkpoint, read_jsonl, save_checkpoint, save_png
 from p1_ddpm import diffusion, evaluate, inference, studies, train
 from p1_ddpm.inference import Sampling
 from p1_ddpm.model import Attention, UNet, load_model
+from transforms import as_input
 
 TINY = dict(channels=[8, 16], blocks=1)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -364,18 +366,10 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
     assert load_checkpoint(parts / "last.pt", "p1_ddpm", [])["step"] == 3
     run_train(data_dir, parts, *flags, "--resume")
 
-    first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, parts))
-    for key in ("model", "ema"):
-        assert all(torch.equal(value, second[key][name]) for name, value in first[key].items())
+    first = assert_same_training(whole, parts)
     assert len(first["optimizer"]) == (2 if optimizer == "muon" else 1)
-    for one, other in zip(first["optimizer"], second["optimizer"]):
-        assert one["param_groups"] == other["param_groups"]
-        for index, moments in one["state"].items():
-            assert all(torch.equal(value, other["state"][index][name]) for name, value in moments.items())
     lines = read_jsonl(parts / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 6, 8] and all(len(line["loss_quarters"]) == 4 for line in lines)
-    for key in ("loss", "loss_quarters", "val_loss_mnistm", "lr"):
-        assert [line[key] for line in lines] == [line[key] for line in first["metrics"]]
     assert Image.open(parts / "samples_000008.png").size == (291, 291)
 
     # What training has written, inference reads.
@@ -389,19 +383,26 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkey
 
 
 def test_two_domains_are_twenty_classes_of_one_network(tmp_path, data_dir):
+    class_of = {as_input(image).numpy().tobytes(): label.item() for images, labels in
+                load_domains(data_dir, ["mnistm", "svhn"], "train") for image, label in zip(images, labels)}
     seen = []
 
-    def labels_of(model, x0, condition, *rest):
+    def look(model, x0, condition, null, alphas_cumprod, label_drop, logit_normal):
+        assert condition.tolist() == [class_of[image.numpy().tobytes()] for image in x0]
+        assert (null == 20).all() and (label_drop, logit_normal) == (0.2, 0.7)
         seen.append(condition)
-        return ddpm_loss(model, x0, condition, *rest)
+        return ddpm_loss(model, x0, condition, null, alphas_cumprod, label_drop, logit_normal)
 
     ddpm_loss = train.ddpm_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ddpm_loss", labels_of)
-        run_train(data_dir, tmp_path, "--domains", "mnistm", "svhn", "--epochs", 1, "--timesteps", 4)
+        patch.setattr(train, "ddpm_loss", look)
+        run_train(data_dir, tmp_path, "--domains", "mnistm", "svhn", "--epochs", 1, "--timesteps", 4,
+                  "--label_drop", 0.2, "--logit_normal", 0.7, "--ema", 0)
     seen = torch.cat(seen)
     assert len(seen) == 112  # an epoch: whole batches of 64 digits and three times 20
     assert 48 <= (seen < 10).sum() <= 64 and seen.max() >= 10 and set((seen // 10).tolist()) == {0, 1}
+    last = load_checkpoint(tmp_path / "last.pt", "p1_ddpm", ["model", "ema"])
+    assert all(torch.equal(value, last["ema"][name]) for name, value in last["model"].items())  # an average of one
     checkpoint = load_checkpoint(tmp_path / "model.pt", "p1_ddpm", ["config", "metrics"])
     assert checkpoint["config"]["network"]["num_classes"] == 20
     assert all(0 < checkpoint["metrics"][-1][f"val_loss_{domain}"] < 10 for domain in ("mnistm", "svhn"))
@@ -437,13 +438,13 @@ def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch, optimizer):
     assert np.mean(losses[-2:]) < 0.85 * losses[0]
 
 
-def test_two_processes_train_together(tmp_path, data_dir, torchrun):
-    done = torchrun("p1_ddpm/train.py", "--data_dir", data_dir, "--output_dir", tmp_path, "--epochs", 1,
-                    "--batch_size", 16, "--device", "cpu", "--channels", 8, 16, "--timesteps", 4)
-    assert done.returncode == 0, done.stderr
-    assert "64 images" in done.stdout and "2 process(es)" in done.stdout and done.stdout.count("4 steps") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "model.pt", "metrics.jsonl", "samples_000004.png"}
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
+def test_two_processes_train_together(tmp_path, data_dir, train_together):
+    out = tmp_path / "out"
+    printed = train_together(("p1_ddpm.train", ["--data_dir", data_dir, "--output_dir", out, "--epochs", 1, "--device",
+                                                "cpu", "--batch_size", 16, "--channels", 8, 16, "--timesteps", 4]))
+    assert "64 images" in printed and "2 process(es)" in printed and printed.count("4 steps") == 1
+    assert {path.name for path in out.iterdir()} == {"last.pt", "model.pt", "metrics.jsonl", "samples_000004.png"}
+    state = torch.load(out / "last.pt", weights_only=True)
     assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -499,21 +500,29 @@ def wrapper(*arguments, cwd):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def finish(process):
+    """(its status, what it printed, and on stderr) of what ends within five minutes; else it is ended, and fails."""
+    try:
+        stdout, stderr = process.communicate(timeout=300)
+    finally:
+        process.kill()  # nothing where it has ended
+    return process.returncode, stdout, stderr
+
+
 def test_wrapper_twice_at_once_gives_1000_whole_images_of_the_right_names(tmp_path, checkpoint):
     (tmp_path / "out put").mkdir()
     (tmp_path / "out put/notes.txt").write_text("mine")
     flags = ["--checkpoint", checkpoint, "--steps", 1, "--guidance", 0, "--device", "cpu"]
-    for process in [wrapper("out put", *flags, cwd=tmp_path) for _ in range(2)]:
-        stdout, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0 and stdout == "1000 images in out put\n", stderr
+    processes = [wrapper("out put", *flags, cwd=tmp_path) for _ in range(2)]
+    for status, stdout, stderr in map(finish, processes):
+        assert status == 0 and stdout == "1000 images in out put\n", stderr
     names = {path.name for path in (tmp_path / "out put").iterdir()}
     assert names == digit_classifier.expected_names() | {"notes.txt"} and len(names) == 1001
     assert (tmp_path / "out put/notes.txt").read_text() == "mine"
     image = Image.open(tmp_path / "out put/3_017.png")
     assert image.size == (28, 28) and image.mode == "RGB"
 
-    process = wrapper("again", *flags, cwd=tmp_path)  # the same command makes the same bytes
-    assert process.wait(timeout=300) == 0
+    assert finish(wrapper("again", *flags, cwd=tmp_path))[0] == 0  # the same command makes the same bytes
     for name in digit_classifier.expected_names():
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out put" / name).read_bytes()
 
@@ -524,6 +533,25 @@ def test_the_networks_classes_and_images_decide_what_is_written(tmp_path):
     infer(tmp_path / "out", "--checkpoint", tmp_path / "20.pt", "--per_class", 1, "--steps", 1)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{label}_001.png" for label in range(20)}
     assert Image.open(tmp_path / "out/19_001.png").size == (32, 32)
+
+
+def test_the_script_writes_what_its_flags_make(tmp_path):
+    save_checkpoint(tmp_path / "two.pt", kind="p1_ddpm", ema=random_unet(num_classes=20).state_dict(),
+                    config=dict(network={**TINY, "num_classes": 20}, domains=["mnistm", "svhn"],
+                                schedule=dict(name="linear", timesteps=1000)))
+    infer(tmp_path, "--checkpoint", tmp_path / "two.pt", "--per_class", 1, "--steps", 4, "--seed", 1, "--amp", "bf16")
+    written = torch.stack([torch.from_numpy(np.array(Image.open(tmp_path / f"{domain}/{digit}_001.png")))
+                           for domain in ("mnistm", "svhn") for digit in range(10)]).permute(0, 3, 1, 2)
+    model, alphas_cumprod = load_model(tmp_path / "two.pt")
+
+    def images_of(seed, dtype):
+        [(_, images, _)] = inference.generate(model, alphas_cumprod, *inference.digits(20, 1),
+                                              inference.SHIPPED._replace(steps=4), seed, "cpu", dtype=dtype)
+        return images
+
+    assert torch.equal(written, images_of(1, torch.bfloat16))
+    for other in (images_of(0, torch.bfloat16), images_of(1, None), written.roll(10, 0)):
+        assert not torch.equal(written, other)
 
 
 def test_images_depend_neither_on_the_batch_nor_on_their_number(checkpoint):
@@ -687,12 +715,22 @@ def test_distances_are_root_mean_squares_in_grey_levels():
     assert evaluate.diversity(torch.cat([black, grey, grey])) == pytest.approx(20 / 3, rel=1e-5)
 
 
+def test_a_draw_has_as_many_of_each_digit_as_are_wanted_or_all():
+    labels, rng = torch.tensor([3, 7, 3, 5, 7, 3]), np.random.default_rng(0)
+    draws = [sorted(evaluate.same_class_draw(labels, torch.tensor([7, 3, 7, 7, 3]), rng)) for _ in range(20)]
+    assert {tuple(draw) for draw in draws} == {(0, 1, 2, 4), (0, 1, 4, 5), (1, 2, 4, 5)}  # two of three 3s, both 7s
+
+
 def test_judge_tells_real_digits_from_copies_and_noise(data_dir, always_3):
     judge = evaluate.Judge(data_dir, classifier=always_3)
     real = judge(judge.val_images, judge.val_labels)
     assert real["frechet"] == pytest.approx(0, abs=1e-6 * real["frechet_floor"])  # double precision
     assert real["accuracy"] == pytest.approx((judge.val_labels == 3).float().mean().item())
     assert all(ratio == pytest.approx(1) for ratio in real["diversity"].values())
+    # More of each digit than there are: every draw is all of them.
+    floor, spread = judge.floor(judge.train_labels.repeat(2))
+    assert floor == pytest.approx(evaluate.frechet_distance(judge.train_features, judge.val_features), rel=1e-6)
+    assert spread < 1e-6 * floor and real["frechet_floor_std"] > 0.01 * real["frechet_floor"]
     copies = judge(judge.train_images[:20], judge.train_labels[:20])
     # torch.cdist subtracts large squares for more than 25 rows: that leaves some hundredths of a grey level.
     assert copies["nearest_generated"].max() < 0.1 < real["nearest_generated"].min()

@@ -18,7 +18,7 @@ from torchvision.utils import save_image
 
 import files
 import training
-from conftest import ENVIRONMENT, ROOT, call, close
+from conftest import ENVIRONMENT, ROOT, assert_same_training, call, close
 from dataset import read_image_source
 from p2_ddim import ddim, evaluate, inference, studies, train
 from p2_ddim.ddim import ddpm_loss, lerp, noise_schedule, sample, slerp, stretch, timesteps
@@ -373,7 +373,7 @@ def noises(tmp_path):
 def wrapper(*arguments, cwd):
     """hw2_2.sh as a user runs it, from the folder `cwd`."""
     return subprocess.run(["bash", ROOT / "hw2_2.sh", *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=300)
 
 
 def read_pngs(folder):
@@ -454,7 +454,8 @@ def test_amp_is_close_to_float32_and_nan_is_not_written(tmp_path, noises, unet_p
     call(inference, "--device", "cpu", noises, tmp_path / "float32", unet_pt, "--steps", 2)
     call(inference, "--device", "cpu", noises, tmp_path / "amp", unet_pt, "--steps", 2, "--amp", "bf16")
     errors = evaluate.mean_squared_errors(*(evaluate.read_folder(tmp_path / name) for name in ("float32", "amp")))
-    assert len(errors) == 4 and 0 < max(errors.values()) < 20  # the course's baseline
+    # Bfloat16 moves one value in 70 to a neighbouring grey level.
+    assert len(errors) == 4 and 0 < max(errors.values()) < 0.03
     torch.save(dict(narrow_weights(), **{"out.2.weight": torch.full((3, 8, 3, 3), 3e38)}), tmp_path / "huge.pt")
     with pytest.raises(UserError, match="00.png comes out as NaN"):
         call(inference, "--device", "cpu", noises, tmp_path / "out", tmp_path / "huge.pt", "--steps", 1)
@@ -538,11 +539,11 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, noises, unet_
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
-    """A zip of twelve 40x50 images with a centred bright disc of varying colour."""
+    """A zip of twelve 40x50 images with a bright disc of varying colour, a little left of the middle."""
     folder = tmp_path_factory.mktemp("my faces")
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:50, :40]
-    disc = ((y - 24.5) ** 2 + (x - 19.5) ** 2 < 200)[..., None]
+    disc = ((y - 24.5) ** 2 + (x - 17.5) ** 2 < 200)[..., None]
     with zipfile.ZipFile(folder / "faces.zip", "w") as archive:
         for i in range(12):
             Image.fromarray((disc * rng.integers(100, 255, 3)).astype(np.uint8)).save(folder / "face.png")
@@ -578,16 +579,9 @@ def test_training_resumes_bit_for_bit(faces, tmp_path, monkeypatch):
     assert torch.load(tmp_path / "parts/last.pt", weights_only=True)["step"] == 2
     run_train(monkeypatch, *tiny(faces, tmp_path / "parts", "--resume"))
 
-    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 6
-    for part in ("model", "ema"):
-        assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
-    for i, moments in whole["optimizer"][0]["state"].items():
-        assert all(torch.equal(value, parts["optimizer"][0]["state"][i][name]) for name, value in moments.items())
+    whole = assert_same_training(tmp_path / "whole", tmp_path / "parts")
     assert (tmp_path / "whole/samples_000006.png").read_bytes() == (tmp_path / "parts/samples_000006.png").read_bytes()
     assert [(row["step"], row["epoch"]) for row in rows(tmp_path / "parts")] == [(2, 0.667), (4, 1.333), (6, 2)]
-    assert [row["loss_quarters"] for row in rows(tmp_path / "whole")] == [
-        row["loss_quarters"] for row in rows(tmp_path / "parts")]
 
     # What it leaves for inference.py: the EMA weights in half precision.
     slim = files.load_checkpoint(tmp_path / "whole/model.pt", "p2_ddim", ["recipe", "metrics"])
@@ -602,24 +596,27 @@ def test_an_epoch_holds_every_image_once_and_a_batch_every_part_of_the_timesteps
     seen = []
     monkeypatch.setattr(train, "ddpm_loss", lambda model, x0, t, noise, alphas_cumprod: (
         seen.append((x0, t, noise)), ddpm_loss(model, x0, t, noise, alphas_cumprod))[1])
-    run_train(monkeypatch, *tiny(faces, tmp_path / "out"))
+    run_train(monkeypatch, *tiny(faces, tmp_path / "out", "--ema", 0))
     images = read_image_source(faces, 32)[0].float() / 127.5 - 1
+    mirrored = set()
     for epoch in (seen[:3], seen[3:]):
-        x0 = torch.cat([x0 for x0, _, _ in epoch])
-        which = [[i for i, image in enumerate(images) if torch.equal(one, image) or torch.equal(one, image.flip(2))]
-                 for one in x0]
-        assert sorted(sum(which, [])) == list(range(12))
+        which = [(i, flip) for one in torch.cat([x0 for x0, _, _ in epoch]) for i, image in enumerate(images)
+                 for flip in (False, True) if torch.equal(one, image.flip(2) if flip else image)]
+        assert sorted(i for i, _ in which) == list(range(12))
+        mirrored.update(flip for _, flip in which)
+    assert mirrored == {False, True}
     for x0, t, noise in seen:
         assert x0.dtype == torch.float32 and t.dtype == torch.int64 and (t >= 0).all() and (t < 1000).all()
         assert sorted((t // 250).tolist()) == [0, 1, 2, 3]  # a batch of four: one in each quarter
         assert noise.shape == x0.shape and 0.9 < noise.std() < 1.1
     assert len({t.sum().item() for _, t, _ in seen}) == len(seen) == 6
+    last = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert all(torch.equal(value, last["ema"][name]) for name, value in last["model"].items())  # an average of one
 
 
-def test_two_processes_train_together(faces, tmp_path, torchrun):
-    done = torchrun("p2_ddim/train.py", *tiny(faces, tmp_path / "out", "--dry_run"))  # whole trainings: test_p1.py
-    assert done.returncode == 0, done.stderr
-    assert "12 images" in done.stdout and "2 process(es)" in done.stdout and done.stdout.count("dry run: two") == 1
+def test_two_processes_train_together(faces, tmp_path, train_together):
+    printed = train_together(("p2_ddim.train", tiny(faces, tmp_path / "out", "--dry_run")))  # a whole one: test_p1.py
+    assert "12 images" in printed and "2 process(es)" in printed and printed.count("dry run: two") == 1
 
 
 def test_training_lowers_the_loss_and_a_dry_run_writes_nothing(faces, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Problem 3: the adversary's gradient, what training may know, and a prediction that always answers."""
 
 import csv
+import functools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import training
 from conftest import ENVIRONMENT, ROOT, call, close
 from dataset import load_split, read_images
 from files import read_jsonl, save_checkpoint
-from p3_dann import augment, choice, evaluate, features, inference, methods, studies, train
+from p3_dann import augment, batches, choice, evaluate, features, inference, methods, studies, train
 from p3_dann.batches import Batch, balanced_draw, draw_batch, load_training_images
 from p3_dann.methods import METHODS, Objective, lambda_schedule, predicted_domain, run_name
 from p3_dann.model import Dann, GradientReversal, load_model
@@ -109,6 +110,23 @@ def test_every_class_is_drawn_as_often_as_another():
     labels = torch.tensor([3] * 900 + [7] * 100)
     drawn = labels[balanced_draw(labels, 4000)]
     assert abs((drawn == 7).sum() - 2000) < 5 * (4000 * 0.25) ** 0.5 and set(drawn.tolist()) == {3, 7}
+
+
+@pytest.mark.parametrize("two_views", [False, True])
+def test_an_image_keeps_its_label_and_has_both_of_its_views(monkeypatch, data_dir, two_views):
+    images, labels = load_training_images(data_dir, METHODS["adamatch"], DOMAINS)
+    monkeypatch.setattr(batches, "weakly", augment.standardize)
+    seed_all(0)
+    batch = draw_batch(images, labels, 16, augment.PARTS, two_views)  # with nothing changed, so that they are found
+
+    def places(drawn, domain):
+        known = augment.standardize(load_split(data_dir, domain, "train")[0])
+        return torch.cdist(drawn.flatten(1), known.flatten(1)).argmin(dim=1)
+
+    _, true_labels, _ = load_split(data_dir, "mnistm", "train")
+    assert torch.equal(true_labels[places(batch.images, "mnistm")], batch.labels) and len(batch.labels.unique()) > 3
+    for weak, strong, domain in zip((batch.images, *batch.unlabelled), batch.strong, DOMAINS.values()):
+        assert torch.equal(places(weak, domain), places(strong, domain))
 
 
 def test_names_follow_from_what_a_method_sees():
@@ -361,6 +379,30 @@ def test_augmentation_without_randomness_changes_nothing():
     assert torch.equal(plain.abs(), images)
 
 
+def test_sharpness_lies_between_a_blur_and_its_opposite():
+    """Two means over 3x3 pixels make a tent of a point, so its middle goes from 81 to 9."""
+    points = torch.zeros(200, 1, 28, 28)
+    points[..., 14, 14] = 81
+    tent = torch.tensor([1.0, 2, 3, 2, 1])
+    blurred = augment.random_sharpness(points, sharpen=-1, blur=1)  # all the way
+    assert close(blurred[7, 0, 12:17, 12:17], torch.outer(tent, tent)) and (blurred > 0).sum() == 25 * 200
+    seed_all(0)
+    amounts = (81 - augment.random_sharpness(points)[..., 14, 14]) / 72
+    assert -0.51 < amounts.min() < -0.45 and 0.95 < amounts.max() < 1.01
+
+
+def test_intensity_changes_polarity_contrast_and_brightness():
+    seed_all(0)
+    edges = torch.arange(2.0).repeat_interleave(14).expand(200, 1, 28, 28)  # 0 on the left, 1 on the right
+    changed = augment.random_intensity(edges, noise=0)
+    brightness, contrast = changed[..., 0, 0], changed[..., 0, 27] - changed[..., 0, 0]
+    assert 70 < (contrast > 0).sum() < 130
+    assert 0.24 < contrast.abs().min() < 0.3 and 1.4 < contrast.abs().max() < 1.51
+    assert -0.51 < brightness.min() < -0.4 and 0.4 < brightness.max() < 0.51
+    noise = (augment.random_intensity(edges, scale=(1, 1), offset=0).abs() - edges).std(dim=(1, 2, 3))
+    assert noise.min() < 0.02 and 0.08 < noise.max() < 0.12
+
+
 def test_row_of_digits_keeps_the_digit_in_the_middle():
     images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 28, 28)
     row = augment.row_of_digits(images, columns=20)
@@ -496,6 +538,37 @@ def test_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path, dat
     assert (recipe["method"], recipe["source"], recipe["target"]) == (method, "mnistm", "svhn")
 
 
+@pytest.mark.parametrize("method, settings, column, schedule", [
+    ("dann", dict(lambda_max=0.3), "lambda_", functools.partial(lambda_schedule, lambda_max=0.3)),
+    ("adamatch", dict(threshold=0.7, leave_out=["alignment", "relative"]), "weight", methods.half_cosine_ramp)])
+def test_flags_reach_the_method_and_its_batches(monkeypatch, tmp_path, data_dir, tiny_network, method, settings, column,
+                                                schedule):
+    calls, left_out, passed, function = [], [], [], METHODS[method]
+
+    @functools.wraps(function)
+    def look(networks, batch, progress, **settings):
+        calls.append((progress, settings))
+        return function(networks, batch, progress, **settings)
+
+    def draw(images, labels, count, without, two_views):
+        left_out.append((without, two_views))
+        return draw_batch(images, labels, count, without, two_views)
+
+    def distribute(objective, process, static_graph):
+        return lambda batch, progress: passed.append(progress) or objective(batch, progress)
+
+    monkeypatch.setitem(METHODS, method, look)
+    monkeypatch.setattr(train, "draw_batch", draw)
+    monkeypatch.setattr(training, "distribute", distribute)  # which averages the gradients of several processes
+    flags = studies.flags(dict(settings, method=method, without=["geometry", "sharpness"]))
+    train_tiny(data_dir, tmp_path, *flags)
+    steps = [step / 4 for step in range(4)]
+    assert calls == [(progress, settings) for progress in steps] and passed == steps
+    assert left_out == [(["geometry", "sharpness"], function.two_views)] * 4
+    assert [line[column] for line in read_jsonl(tmp_path / "metrics.jsonl")] == pytest.approx(
+        [(schedule(first) + schedule(second)) / 2 for first, second in (steps[:2], steps[2:])], abs=1e-5)
+
+
 def test_a_method_s_defaults_can_be_overruled(monkeypatch):
     for flags, expected in (([], (12, 128)), (["--method", "adamatch"], (60, 64)),
                             (["--epochs", "7", "--method", "adamatch"], (7, 64))):
@@ -553,6 +626,40 @@ def test_studies_are_what_the_checkpoints_folder_holds(monkeypatch):
     for settings in runs.values():
         monkeypatch.setattr(sys, "argv", ["train.py", *studies.flags(settings)])
         assert settings.items() <= vars(train.parse_args()).items()
+
+
+def test_studies_start_a_training_go_on_with_it_or_leave_it(monkeypatch, tmp_path, capsys):
+    commands, threads, status = [], [], 0
+
+    class Training:
+        def __init__(self, command, stdout, stderr, env):
+            commands.append(command)
+            threads.append(env.get("OMP_NUM_THREADS"))
+            stdout.write("its last line\n")
+
+        def wait(self):
+            return status
+
+    monkeypatch.setattr(subprocess, "Popen", Training)
+    monkeypatch.setattr(studies, "STARTED", [])
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    folder, settings = tmp_path / "no geometry", studies.TABLES["ablation"]["ablation_no_geometry"]
+    for jobs, resume in (1, False), (2, True):
+        studies.train(folder, settings, tmp_path / "data", jobs)
+        assert commands[-1][:2] == [sys.executable, str(ROOT / "p3_dann/train.py")]
+        monkeypatch.setattr(sys, "argv", commands[-1][1:])
+        args = vars(train.parse_args())
+        assert args.items() >= dict(settings, data_dir=tmp_path / "data", output_dir=folder, resume=resume).items()
+        (folder / "last.pt").touch()
+    assert threads == [None, "3"] and len(studies.STARTED) == 2
+    assert capsys.readouterr().out == "no geometry: its last line\n" * 2
+    status = 1
+    with pytest.raises(UserError, match="no geometry failed; its log.txt says why"):
+        studies.train(folder, settings, tmp_path / "data", 1)
+    (folder / "model.pt").touch()
+    studies.train(folder, settings, tmp_path / "data", 1)
+    assert len(commands) == 3
 
 
 def test_studies_measure_and_publish_their_networks(monkeypatch, tmp_path, data_dir):
@@ -626,6 +733,13 @@ def read_rows(path):
         return list(csv.reader(file))
 
 
+def answers_of(checkpoint, folder, names):
+    """What the network says to the images `names`, {name: digit as text}; they differ."""
+    labels = predict(load_model(checkpoint)[0], read_images([folder / name for name in names])).argmax(dim=1)
+    assert len(labels.unique()) > 1
+    return dict(zip(names, map(str, labels.tolist())))
+
+
 def test_wrapper_answers_every_image_once(tmp_path, checkpoint):
     folder = tmp_path / "test dir"
     folder.mkdir()
@@ -648,10 +762,10 @@ def test_wrapper_answers_every_image_once(tmp_path, checkpoint):
     assert [name for name, _ in rows] == sorted(
         ["b.png", "a, first.png", "c d.jpg", "E.PNG", "f.png", "g.png", "h.jpeg", "i.png", "broken.png", "empty.jpg"])
     answers = dict(rows)
-    assert set(answers.values()) <= set("0123456789")
-    good = [label for name, label in rows if name not in ("broken.png", "empty.jpg")]
-    assert good.count(answers["broken.png"]) == max(map(good.count, good))
-    assert answers["empty.jpg"] == answers["broken.png"]
+    guesses = [answers.pop("broken.png"), answers.pop("empty.jpg")]
+    assert answers == answers_of(checkpoint, folder, list(answers))
+    digits = list(answers.values())
+    assert digits.count(guesses[0]) == max(map(digits.count, digits)) and guesses[1] == guesses[0]
     for name in ("broken.png", "empty.jpg", "notes.txt"):
         assert name in result.stderr
     assert "Traceback" not in result.stderr and os.listdir(tmp_path / "new dir") == ["pred.csv"]
@@ -803,6 +917,8 @@ def test_2020_s_doors_answer_every_image(tmp_path, checkpoint):
         header, *rows = read_rows(tmp_path / f"new/{problem}.csv")
         assert header == ["image_name", "label"] and [name for name, _ in rows] == sorted(
             path.name for path in (tmp_path / "test dir").iterdir())
+        expected = answers_of(checkpoint, tmp_path / "test dir", [f"{seed}.png" for seed in range(3)])
+        assert dict(rows).items() >= expected.items()
 
 
 def test_committed_checkpoints():
@@ -903,15 +1019,31 @@ def test_proxy_a_distance():
     assert features.proxy_a_distance(points[:400], points[400:]) < 0.3
 
 
+def test_features_are_normalised_by_their_own_statistics_or_the_model_s(checkpoint):
+    images = nn.functional.interpolate(random_images(60)[..., :7, :7].float(), scale_factor=4)  # other than its own
+    model, _ = load_model(checkpoint)
+    own, shared = (torch.from_numpy(features.extract_features(model, images, flag)).float() for flag in (True, False))
+    with torch.no_grad():
+        assert close(shared, model.features(augment.standardize(images)))
+        adapt_statistics(model, images)
+        expected = model.features(augment.standardize(images))
+    assert close(own, expected) and not close(shared, expected, share=0.05)
+
+
 def test_picture(monkeypatch, tmp_path, capsys, data_dir, checkpoint):
-    for flags in [], ["--before", checkpoint]:
+    asked, extract = [], features.extract_features
+    monkeypatch.setattr(features, "extract_features", lambda *args: asked.append(args[2]) or extract(*args))
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(dict(content, recipe=dict(content["recipe"], method="source_only")), tmp_path / "before.pt")
+    for flags in [], ["--before", tmp_path / "before.pt"]:
         call(features, checkpoint, tmp_path / "new" / "figure.png", "--data_dir", data_dir,
              "--target", "usps", *flags)
         with Image.open(tmp_path / "new" / "figure.png") as image:
             assert min(image.size) > 300
     said = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"proxy A-distance: dann [\d.]+; wrote .*", said[0])
-    assert re.fullmatch(r"proxy A-distance: before adaptation ([\d.]+), dann \1; wrote .*", said[1])
+    dann = re.fullmatch(r"proxy A-distance: (dann [\d.]+); wrote .*", said[0])[1]
+    assert re.fullmatch(rf"proxy A-distance: before adaptation [\d.]+, {dann}; wrote .*", said[1])
+    assert asked == [True] * 2 + [False] * 2 + [True] * 2  # DANN's domains have their own statistics
     monkeypatch.setattr(features, "picture", None)  # a mistake is told before t-SNE takes its time
     with pytest.raises(UserError, match="a figure is an .svg or a .png file; name .*figure.pdf so"):
         call(features, checkpoint, tmp_path / "figure.pdf", "--data_dir", data_dir)

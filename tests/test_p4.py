@@ -1,6 +1,7 @@
 """Faces by a variational autoencoder, and the reading of face sets. Tiny networks, made-up faces, no data set."""
 
 import json
+import re
 import shutil
 import subprocess
 import zipfile
@@ -13,13 +14,14 @@ from PIL import Image
 
 import faces
 import training
-from conftest import ENVIRONMENT, ROOT, call
+from conftest import ENVIRONMENT, ROOT, assert_same_training, call
+from face_grader import cut_grid
 from faces import face_source, read_attributes, read_faces, split_faces
 from files import digest_of, read_jsonl
 from p4_vae import evaluate, inference, studies, train
 from p4_vae.elbo import D, automatic_beta, kl_divergence, squared_errors
 from p4_vae.latents import attribute_directions, encode_all, fit_mixture, sample_prior
-from p4_vae.model import VAE, load_model
+from p4_vae.model import CHECKPOINT, VAE, load_model
 from utils import UserError, image_generators
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,6 +55,11 @@ def test_sets_have_their_crops_numbers_and_split(tmp_path):
     assert torch.equal(all_faces.images[3, :, 4:-4], expected)
     for part, numbers in zip(split_faces(all_faces), ([7, 9001], [8001, 9000])):
         assert part.numbers.tolist() == numbers and len(part.images) == 2
+    draws = [all_faces.draw(3, seed) for seed in (*range(9), 0)]
+    assert torch.equal(draws[0].images, draws[-1].images) and len({tuple(d.numbers.tolist()) for d in draws}) > 2
+    for drawn in draws:  # all different, in their order, each with its number
+        places = [all_faces.numbers.tolist().index(number) for number in drawn.numbers.tolist()]
+        assert places == sorted(set(places)) and torch.equal(drawn.images, all_faces.images[places])
     assert faces.test_faces(sources).numbers.tolist() == [8001, 9000]
     assert faces.test_faces(sources[1:]).numbers.tolist() == [7, 9001]  # no validation faces: all of them
     with pytest.raises(UserError, match="64 rows"):
@@ -265,21 +272,37 @@ def test_training_resumes_bit_for_bit(data, trained, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="was trained with --attributes"):
         call(train, *[flag for flag in named if flag not in ("--attributes", data.parent / "list.txt")])
     call(train, *named)
-    whole, parts = (torch.load(folder / "last.pt", weights_only=True) for folder in (trained, tmp_path / "out"))
-    assert whole["step"] == parts["step"] == 4
-    for part in ("model", "ema"):
-        assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
+    assert_same_training(trained, tmp_path / "out")
     assert (trained / "samples_000004.png").read_bytes() == (tmp_path / "out/samples_000004.png").read_bytes()
-    assert torch.equal(whole["latents"]["mixture"]["means"], parts["latents"]["mixture"]["means"])
     lines = read_jsonl(trained / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
     assert all(line["sigma2"] == pytest.approx(line["mse"], rel=0.01) for line in lines)
+
+
+def test_training_sees_faces_and_their_mirror_images(data, tmp_path, monkeypatch):
+    seen, forward = [], VAE.forward
+    monkeypatch.setattr(VAE, "forward", lambda model, x, noise: seen.extend(x) or forward(model, x, noise))
+    call(train, *tiny(data, tmp_path / "out", "--dry_run"))
+    known = read_faces([face_source(str(data))]).images / 255
+    known = torch.cat([known[:20], known[:20].flip(3)])
+    places = [(known == image).flatten(1).all(dim=1).nonzero().item() for image in seen]
+    assert len({place % 20 for place in places}) == 16 and {place // 20 for place in places} == {0, 1}
+
+
+def test_two_processes_train_together(data, tmp_path, train_together):
+    assert "2 process(es), 2 steps" in train_together(("p4_vae.train", tiny(data, tmp_path / "out", "--epochs", 1)),
+                                                      tensors="state_dict().values")
 
 
 def test_a_fixed_beta_and_a_dry_run(data, tmp_path, capsys):
     call(train, *tiny(data, tmp_path / "out", "--beta", "1e-5", "--epochs", 1))
     line = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     assert line["sigma2"] == pytest.approx(0.0614, rel=0.01)  # the course's weight: a variance of 1e-5 D / 2
+    kl = []
+    for weight in 0, 1:
+        call(train, *tiny(data, tmp_path / f"{weight}", "--beta", weight, "--epochs", 5, "--lr", 0.02))
+        kl.append(read_jsonl(tmp_path / f"{weight}/metrics.jsonl")[-1]["kl"])
+    assert kl[1] < kl[0] / 2
     call(train, *tiny(data, tmp_path / "dry", "--dry_run"))
     assert "dry run: two steps" in capsys.readouterr().out and not (tmp_path / "dry").exists()
 
@@ -358,8 +381,16 @@ def test_faces_are_reconstructed_changed_and_walked_between(data, trained, tmp_p
     picture = np.asarray(Image.open(tmp_path / "r.png"))
     assert picture.shape == (3 * 66 + 2, 3 * 66 + 2, 3)  # rows: faces, reconstructions, smiles
     assert np.array_equal(picture[2:66, 2:66], np.asarray(Image.open(data / "008001.png")))
+    model, latents = load_model(trained / "model.pt")
+    drawn = faces.test_faces([face_source(str(data))]).draw(3, seed=0).images
+    with torch.no_grad():
+        mean, _ = model.encode(drawn.float() / 255)
+        for row, shift in ((1, 0), (2, 1.5 * latents["attributes"]["Smiling"])):
+            shown = cut_grid(Image.fromarray(picture))[3 * row:3 * row + 3]
+            assert (shown - model.decode(mean + shift).clamp(0, 1) * 255).abs().max() <= 1
+    call(inference, "--grid", tmp_path / "s.png", "--reconstruct", data, "--count", 3, "--seed", 2, *checkpoint)
+    assert re.findall("face .+:", capsys.readouterr().out) != re.findall("face .+:", printed)
     call(inference, tmp_path / "walk", "--walk", data, *checkpoint)
-    model, _ = load_model(trained / "model.pt")
     images = read_faces([face_source(str(data))]).take([20, 21]).images
     (ends,), errors = inference.reconstruct(model, images)
     for name, end in (("0000.png", ends[0]), ("0007.png", ends[1])):
@@ -422,6 +453,15 @@ def test_the_committed_results_are_those_of_the_committed_checkpoint():
     folder = ROOT / "p4_vae/checkpoints"
     rows = pd.read_csv(folder / "results.csv", dtype=str)
     assert set(rows[rows.beta == "auto"].checkpoint) == {digest_of(folder / "vae.pt")}
+
+
+def test_the_committed_checkpoint_draws_faces_and_knows_them_again():
+    model, latents = load_model(CHECKPOINT)
+    assert latents.keys() == {"mixture", "attributes"}
+    for mixture in None, latents["mixture"]:
+        images = inference.generate(model, [0], 0, mixture)
+        _, errors = inference.reconstruct(model, images)
+        assert images.float().std() > 20 and errors.item() < 0.01
 
 
 @pytest.mark.parametrize("flags, message", [
