@@ -1,6 +1,7 @@
-"""Makes the repository's modules importable from any current directory, keeps figures off the screen, runs scripts, and
-makes a data set of random digits for the tests that need all three domains."""
+"""Makes the repository's modules importable from any current directory, keeps figures off the screen and work off the
+GPU, runs scripts and trainings, and makes a data set of random digits for the tests that need all three domains."""
 
+import contextlib
 import os
 import re
 import socket
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU repeats nothing bit for bit
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -19,6 +21,9 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+
+import training
+from files import read_jsonl
 
 MODULES = sorted(path for pattern in ("*.py", "report/*.py", "p?_*/**/*.py") for path in ROOT.glob(pattern))
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in MODULES
@@ -58,9 +63,25 @@ def randomised(model, seed=0):
     return model.eval()
 
 
+@contextlib.contextmanager
+def interrupted():
+    """A training in this context ends as soon as it has written its first last.pt."""
+    save_training = training.save_training
+
+    def stop(*args, **description):
+        save_training(*args, **description)
+        raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_training", stop)
+        yield
+
+
 def assert_same_training(folder, other):
-    """The last.pt in two folders hold the same bit for bit, but for what the clock says; returns what they hold."""
+    """The last.pt and metrics.jsonl in two folders hold the same bit for bit, but for what the clock says; returns what
+    last.pt holds."""
     first, second = (torch.load(path / "last.pt", weights_only=True) for path in (folder, other))
+    for path, content in (folder, first), (other, second):
+        assert read_jsonl(path / "metrics.jsonl") == content["metrics"]
     for row in first["metrics"] + second["metrics"]:
         del row["seconds"], row["images_per_second"]
     assert first.keys() == second.keys()

@@ -48,10 +48,11 @@ def test_who_imports_whom(path):
 
 
 @pytest.mark.parametrize("path", [ROOT / name for name in SCRIPTS], ids=name_of)
-def test_every_script_imports_utils_before_any_package(path):
+def test_every_script_begins_with_utils_and_ends_with_run(path):
     others = [module.split(".")[0] for module in imports(path) if module.split(".")[0] not in sys.stdlib_module_names]
     assert others[0] == "utils"  # startup.py has to run before torch is there
     assert "sys.path.insert(0, str(ROOT))" in path.read_text()  # also under python -P
+    assert path.read_text().endswith('\n\n\nif __name__ == "__main__":\n    run(main)\n')  # mistakes get one sentence
 
 
 def test_no_file_hides_a_module_of_python():

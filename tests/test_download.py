@@ -21,7 +21,20 @@ def bash(folder, script, *args, **environment):
     """Runs a script of `folder` from another current directory; python3 is this interpreter."""
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(["bash", folder / script, *args], cwd=folder.parent, env={**os.environ, **environment},
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """A folder for PYTHONPATH whose gdown needs no network: from any address of Google Drive it brings DRIVE_FILE."""
+    (tmp_path / "stubs").mkdir()
+    (tmp_path / "stubs/gdown.py").write_text(
+        "import os, shutil, sys\n"
+        "os.system(os.environ.pop('SECOND_RUN', ''))\n"
+        "_, address, flag, path = sys.argv\n"
+        "assert address.startswith('https://drive.google.com/') and flag == '-O'\n"
+        "shutil.copy(os.environ.get('DRIVE_FILE') or sys.exit('the link is dead'), path)\n")
+    return str(tmp_path / "stubs")
 
 
 # --- hw2_download.sh ----------------------------------------------------------------------------
@@ -83,6 +96,13 @@ def test_downloads_what_has_an_address(clone, tmp_path):
     assert not list(clone.rglob("*.partial")) and not (clone / "p3_dann/checkpoints/c.pt").exists()
 
 
+def test_downloads_from_google_drive(clone, stubs, tmp_path):
+    (tmp_path / "file").write_bytes(b"good")
+    manifest(clone, line("p3_dann/checkpoints/b.pt", b"good", "https://drive.google.com/uc?id=1"))
+    done = bash(clone, "hw2_download.sh", PYTHONPATH=stubs, DRIVE_FILE=str(tmp_path / "file"))
+    assert done.returncode == 0 and (clone / "p3_dann/checkpoints/b.pt").read_bytes() == b"good", done.stderr
+
+
 def test_update_writes_the_manifest(clone):
     elsewhere = line("p3_dann/checkpoints/big.pt", b"big", "https://example.org/big.pt")
     manifest(clone, line("Classifier.pth", b"old weights"), line("p1_ddpm/checkpoints/gone.pt", b"x"), elsewhere)
@@ -123,20 +143,13 @@ for domain in ("mnistm", "svhn", "usps"):
 
 
 @pytest.fixture
-def repository(tmp_path):
-    """A folder with get_dataset.sh and a build_dataset.py that only writes from where it builds, and a folder for
-    PYTHONPATH whose gdown needs no network."""
-    folder, stubs = tmp_path / "my clone", tmp_path / "stubs"
-    for path in (folder, stubs):
-        path.mkdir()
+def repository(tmp_path, stubs):
+    """A folder with get_dataset.sh and a build_dataset.py that only writes from where it builds, and `stubs`."""
+    folder = tmp_path / "my clone"
+    folder.mkdir()
     shutil.copy(ROOT / "get_dataset.sh", folder)
     (folder / "build_dataset.py").write_text(STUB)
-    (stubs / "gdown.py").write_text(
-        "import os, shutil, sys\n"
-        "os.system(os.environ.pop('SECOND_RUN', ''))\n"
-        "zip = os.environ.get('COURSE_ZIP') or sys.exit('the link is dead')\n"
-        "shutil.copy(zip, sys.argv[sys.argv.index('-O') + 1])\n")
-    return folder, str(stubs)
+    return folder, stubs
 
 
 def test_a_source_folder_needs_no_network(repository, tmp_path):
@@ -184,7 +197,7 @@ def test_the_course_s_zip(repository, tmp_path):
             archive.writestr(f"hw2_data/face/{file}", "from the zip")
 
     def get(**environment):
-        return bash(folder, "get_dataset.sh", PYTHONPATH=stubs, COURSE_ZIP=str(tmp_path / "hw2_data.zip"),
+        return bash(folder, "get_dataset.sh", PYTHONPATH=stubs, DRIVE_FILE=str(tmp_path / "hw2_data.zip"),
                     **environment)
 
     own = folder / "hw2_data/digits/usps/own.txt"
@@ -212,7 +225,7 @@ def test_a_zip_without_all_parts_is_not_mixed_with_other_data(repository, tmp_pa
     (folder / "public_data/MNIST").mkdir(parents=True)
     with zipfile.ZipFile(tmp_path / "hw2_data.zip", "w") as archive:
         archive.writestr("hw2_data/digits/mnistm/train.csv", "from the zip")
-    done = bash(folder, "get_dataset.sh", PYTHONPATH=stubs, COURSE_ZIP=str(tmp_path / "hw2_data.zip"))
+    done = bash(folder, "get_dataset.sh", PYTHONPATH=stubs, DRIVE_FILE=str(tmp_path / "hw2_data.zip"))
     assert done.returncode == 0 and "was built from the public data sets" in done.stdout, done.stderr
     assert set(tree(folder / "hw2_data").values()) == {b"built from public_data"}
 

@@ -10,9 +10,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import digit_classifier
-from conftest import call
+from conftest import ROOT, call
 from dataset import load_split
 from files import save_png
+from p1_ddpm import inference
 from utils import UserError
 
 
@@ -190,6 +191,17 @@ def test_the_committed_panel_is_of_eight_plain_networks():
     panel = digit_classifier.load_panel()
     assert len(panel) >= 8 and {len(grader.conv1.weight) for grader in panel} == {6}
     assert len({grader.fc3.bias[0].item() for grader in panel}) == len(panel)
+
+
+def test_the_judges_recognise_the_shipped_digits_of_two_domains(tmp_path, capsys):
+    """A digit of each class and domain, in a third of the steps."""
+    call(inference, tmp_path, "--checkpoint", ROOT / "p1_ddpm/checkpoints/mnistm_svhn.pt", "--sampler", "ddim",
+         "--steps", 4, "--guidance", 2, "--interval", 200, 1000, "--per_class", 1, "--device", "cpu", "--amp", "off")
+    grade("--folder", tmp_path)
+    accuracies = re.findall(r"^(MNIST-M|SVHN) acc = ([\d.]+) \(correct/total = \d+/10\)$", capsys.readouterr().out,
+                            re.MULTILINE)
+    assert [domain for domain, _ in accuracies] == ["MNIST-M", "SVHN"]
+    assert min(float(accuracy) for _, accuracy in accuracies) >= 0.7  # by chance 0.1
 
 
 def test_the_judge_of_svhn_is_wider_and_its_weights_tell(tmp_path, printed_digits):

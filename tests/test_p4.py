@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 import faces
-import training
-from conftest import ENVIRONMENT, ROOT, assert_same_training, call
+from conftest import ENVIRONMENT, ROOT, assert_same_training, call, interrupted
 from face_grader import cut_grid
 from faces import face_source, read_attributes, read_faces, split_faces
 from files import digest_of, read_jsonl
@@ -259,12 +258,8 @@ def trained(data, tmp_path_factory):
     return folder
 
 
-def test_training_resumes_bit_for_bit(data, trained, tmp_path, monkeypatch):
-    def interrupt(output_dir, parts, step, **description):
-        raise KeyboardInterrupt
-    save = training.save_training
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_training", lambda *a, **k: (save if a[2] == 1 else interrupt)(*a, **k))
+def test_training_resumes_bit_for_bit(data, trained, tmp_path):
+    with interrupted():
         call(train, *tiny(data, tmp_path / "out"))
     with pytest.raises(UserError, match="same flags"):
         call(train, *tiny(data, tmp_path / "out", "--resume", "--beta", "1e-5"))

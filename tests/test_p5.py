@@ -12,7 +12,7 @@ from PIL import Image
 
 import face_grader
 import training
-from conftest import ENVIRONMENT, ROOT, assert_same_training, call
+from conftest import ENVIRONMENT, ROOT, assert_same_training, call, interrupted
 from faces import face_source, read_faces
 from files import digest_of, read_jsonl
 from p5_gan import evaluate, inference, studies, train
@@ -161,15 +161,8 @@ def trained(data, tmp_path_factory):
     return folder
 
 
-def test_training_resumes_bit_for_bit(data, trained, tmp_path, monkeypatch):
-    save = training.save_training
-
-    def save_first(output_dir, parts, step, **description):
-        if step > 1:
-            raise KeyboardInterrupt
-        save(output_dir, parts, step, **description)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_training", save_first)
+def test_training_resumes_bit_for_bit(data, trained, tmp_path):
+    with interrupted():
         call(train, *tiny(data, tmp_path / "out"))
     call(train, *tiny(data, tmp_path / "out", "--resume"))
     assert assert_same_training(trained, tmp_path / "out")["step"] == 4

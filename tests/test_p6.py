@@ -22,7 +22,7 @@ from PIL import Image
 
 import files
 import training
-from conftest import ROOT, call
+from conftest import ROOT, call, interrupted
 from dataset import read_rgb
 from p6_personalize import evaluate, inference, inversion, model, prompts, train, zero_shot
 from p6_personalize.tiny import concepts, scenes, tokenizer
@@ -36,16 +36,11 @@ TEXT = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attent
 
 
 @pytest.fixture(scope="module", autouse=True)
-def libraries_and_one_thread():
-    """Networks this small are faster on one thread, many times when something else runs beside."""
+def libraries_and_one_thread(one_thread):
     try:
         model.require_libraries()
     except UserError as error:
         pytest.skip(str(error))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def text_config(words):
@@ -274,14 +269,11 @@ def test_resuming_is_bit_for_bit(learnt, pipeline, pictures, tmp_path):
              "--steps", 4, "--save_every", 2, "--num_vectors", 2, "--lr", 0.1, "--amp", "off",
              "--gradient_checkpointing", "--validation_prompt", "a photo of a <new1>"]
 
-    stop = raises(KeyboardInterrupt)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.training, "log", stop)  # at the first checkpoint nothing is saved yet
+        patch.setattr(training, "log", raises(KeyboardInterrupt))  # at the first checkpoint nothing is saved yet
         call(train, pictures, *flags, "--checkpoint", pipeline)
     assert not (tmp_path / "out/last.pt").exists()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        save = train.training.save_training
-        patch.setattr(train.training, "save_training", lambda *args, **kwargs: (save(*args, **kwargs), stop()))
+    with interrupted():
         call(train, pictures, *flags, "--checkpoint", tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")  # wherever the same files lie
     call(train, pictures, *flags, "--resume")
@@ -358,6 +350,10 @@ def test_the_whole_path_to_the_scores(learnt, pipeline, clip, pictures, tmp_path
     call(evaluate, path, out, "--data_dir", pictures.parent, "--clip", clip)
     said = capsys.readouterr().out
     assert "0/0 PASS" in said and "0/1 FAIL" in said and "1 of 2 prompts pass" in said
+    (tmp_path / "text.json").write_text(json.dumps({"0": dict(REQUEST, baseline=[[-100, 101], [-100, -100]])}))
+    call(evaluate, tmp_path / "text.json", out, "--data_dir", pictures.parent, "--clip", clip)
+    said = capsys.readouterr().out
+    assert "0/0 FAIL" in said and "0/1 PASS" in said  # by the text alone
 
     image = read_rgb(out / "0/0/source0_prompt0_3.png")
     assert image.size == (32, 32)
@@ -803,6 +799,34 @@ def test_the_tiny_world_trains_and_its_folders_load(narrow, world, tmp_path, mon
     (tmp_path / "results.csv").unlink()
     with pytest.raises(UserError, match="no image of a purple sphere and a red cube"):
         call(tiny_evaluate, *evaluated, "--tables", "baselines")
+
+
+def test_a_part_of_the_tiny_world_resumes_bit_for_bit(narrow, world, tmp_path):
+    def run(name, *flags):
+        call(tiny_train, "clip", "--data_dir", world, "--output_dir", tmp_path / name, "--epochs", 1, "--batch_size",
+             32, "--save_every", 1, "--amp", "off", *flags)
+
+    run("whole")
+    with interrupted():
+        run("parts")
+    run("parts", "--resume")
+    first, second = (torch.load(tmp_path / name / "clip/last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert first["step"] == second["step"] == 3
+    for key in "model", "ema":
+        assert all(torch.equal(value, second[key][name]) for name, value in first[key].items())
+    assert [row["loss"] for row in second["metrics"]] == [row["loss"] for row in first["metrics"]]
+
+
+def test_the_shipped_pipeline_draws_what_the_shipped_clip_recognises():
+    """In a fifth of the steps, with both learnt words."""
+    pipe, clip = model.load_pipeline(model.PIPELINE), model.Clip(model.CLIP)
+    assert [model.add_embeds(pipe, path) for path in inference.EMBEDS] == ["<new1>", "<new2>"]
+    texts = ["a photo of a red cube", "a photo of a <new1>", "a photo of a blue cube in the style of <new2>"]
+    (_, images), = model.generate(pipe, list(enumerate(texts)), 0, 5, model.default_guidance(model.PIPELINE))
+    names = [tiny_evaluate.OBJECTS[i] for i in tiny_evaluate.answers(clip, images, [prompts.PROMPT])]
+    assert names == ["red cube", scenes.UNSEEN_OBJECT, "blue cube"]
+    red, _, blue = images.float().mean(dim=(2, 3)).unbind(1)
+    assert (red - blue > 10).tolist() == [False, False, True]  # sepia
 
 
 def test_a_picture_counts_by_what_the_judge_sees(monkeypatch):

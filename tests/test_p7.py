@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import training
-from conftest import ENVIRONMENT, ROOT, assert_near, call, randomised
+from conftest import ENVIRONMENT, ROOT, assert_near, assert_same_training, call, interrupted, randomised
 from files import digest_of, load_checkpoint, read_jsonl, save_checkpoint
 from p1_ddpm.diffusion import ddim, ddpm, guided_predictor, uniform_timesteps
 from p1_ddpm.inference import Sampling
@@ -48,7 +48,7 @@ def draw_scene(names, rng, size=(64, 64)):
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
+def scenes_dir(tmp_path_factory):
     """i-CLEVR's layout with 60 scenes of three pictures."""
     folder, table = tmp_path_factory.mktemp("i clevr"), {}
     (folder / "iclevr").mkdir()
@@ -95,33 +95,33 @@ def test_held_out_sets_are_100_new_triples_and_always_the_same():
     assert [len(names) for names in scenes.random_sets(5, [2, 4], seed=0)] == [2, 4, 2, 4, 2]
 
 
-def test_parts_share_no_scene_and_the_generator_sees_no_held_out_set(data_dir, monkeypatch):
-    table = json.loads((data_dir / "train.json").read_text())
+def test_parts_share_no_scene_and_the_generator_sees_no_held_out_set(scenes_dir, monkeypatch):
+    table = json.loads((scenes_dir / "train.json").read_text())
     hidden = table["CLEVR_train_000001_2.png"]
     monkeypatch.setattr(scenes, "held_out_sets", lambda: [hidden[::-1]])
-    read = {part: scenes.read_scenes(data_dir, part) for part in (*scenes.PARTS, None)}
+    read = {part: scenes.read_scenes(scenes_dir, part) for part in (*scenes.PARTS, None)}
     assert {part: len(images) for part, (images, _, _) in read.items()} == {
         "generator": 45 * 3 - 1, "grader": 12 * 3, "held_out": 3 * 3, None: 180}
     images, conditions, sets = read["generator"]
     assert frozenset(hidden) not in map(frozenset, sets) and hidden[:2] in sets
     assert torch.equal(conditions, scenes.multi_hot(sets)) and images.dtype == torch.uint8
-    expected = np.asarray(Image.open(data_dir / "iclevr/CLEVR_train_000000_0.png"))
+    expected = np.asarray(Image.open(scenes_dir / "iclevr/CLEVR_train_000000_0.png"))
     assert np.array_equal(images[0].permute(1, 2, 0).numpy(), expected)
 
 
-def test_pictures_are_read_alike_from_folders_and_zip_files_and_squeezed(data_dir, tmp_path):
+def test_pictures_are_read_alike_from_folders_and_zip_files_and_squeezed(scenes_dir, tmp_path):
     names = [f"CLEVR_train_000019_{count}.png" for count in range(3)]
-    table = {name: json.loads((data_dir / "train.json").read_text())[name] for name in names}
+    table = {name: json.loads((scenes_dir / "train.json").read_text())[name] for name in names}
     for folder in ("beside", "inside"):
         (tmp_path / folder).mkdir()
     with zipfile.ZipFile(tmp_path / "beside/iclevr.zip", "w") as beside, \
             zipfile.ZipFile(tmp_path / "inside/all.zip", "w") as inside:
         for name in names:
-            beside.write(data_dir / "iclevr" / name, f"iclevr/{name}")
-            inside.write(data_dir / "iclevr" / name, name)
+            beside.write(scenes_dir / "iclevr" / name, f"iclevr/{name}")
+            inside.write(scenes_dir / "iclevr" / name, name)
         inside.writestr("train.json", json.dumps(table))
     (tmp_path / "beside/train.json").write_text(json.dumps(table))
-    expected, _, _ = scenes.read_scenes(data_dir, "held_out")
+    expected, _, _ = scenes.read_scenes(scenes_dir, "held_out")
     for source in ("beside", "beside/iclevr.zip", "inside", "inside/all.zip"):
         images, _, sets = scenes.read_scenes(tmp_path / source, "held_out")
         assert torch.equal(images, expected[:3]) and sets == list(table.values())
@@ -167,8 +167,8 @@ def test_missing_and_damaged_sources_are_refused(tmp_path):
         scenes.read_scenes(tmp_path)
 
 
-def test_the_background_is_seen_behind_what_stands_in_the_centre(data_dir):
-    images, _, _ = scenes.read_scenes(data_dir)
+def test_the_background_is_seen_behind_what_stands_in_the_centre(scenes_dir):
+    images, _, _ = scenes.read_scenes(scenes_dir)
     assert (images[:, :, 30, 32] != 140).float().mean() > 0.5  # an object is there most of the time
     assert (scenes.empty_background(images) - 140).abs().max() < 1
 
@@ -381,59 +381,109 @@ def test_guidance_reaches_the_mean_of_the_product_of_two_gaussians(monkeypatch, 
 
 # --- Training -----------------------------------------------------------------------------------
 
-def run_train(data_dir, output_dir, *arguments):
-    call(train, "--device", "cpu", "--amp", "off", "--data_dir", data_dir, "--output_dir", output_dir, "--channels", 8,
-         8, "--patch", 8, "--batch_size", 16, "--timesteps", 4, "--warmup", 2, *arguments)
+def run_train(scenes_dir, output_dir, *arguments):
+    call(train, "--device", "cpu", "--amp", "off", "--data_dir", scenes_dir, "--output_dir", output_dir, "--channels",
+         8, 8, "--patch", 8, "--batch_size", 16, "--timesteps", 4, "--warmup", 2, *arguments)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir, monkeypatch, optimizer):
+def train_grader(scenes_dir, output_dir, *arguments):
+    call(train_evaluator, "--device", "cpu", "--amp", "off", "--data_dir", scenes_dir, "--output_dir", output_dir,
+         "--network", "encoder", "--batch_size", 12, "--lr", 1e-2, "--warmup", 2, "--ema", 0.9, *arguments)
+
+
+@pytest.mark.parametrize("train_one, flags", [
+    (run_train, "--epochs 1 --optimizer adamw --dropout 0.1"), (run_train, "--epochs 1 --optimizer muon --dropout 0.1"),
+    (train_grader, "--epochs 2 --noisy")])
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path, scenes_dir, train_one, flags):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ["--epochs", 1, "--save_every", 3, "--optimizer", optimizer, "--dropout", 0.1]
-    run_train(data_dir, whole, *flags)
+    flags = ["--save_every", 3, *flags.split()]
+    train_one(scenes_dir, whole, *flags)
 
-    def kill(output_dir, parts, step, **description):
-        save_training(output_dir, parts, step, **description)
-        raise KeyboardInterrupt
+    with interrupted():
+        train_one(scenes_dir, parts, *flags)
+    assert torch.load(parts / "last.pt", weights_only=True)["step"] == 3
+    train_one(scenes_dir, parts, *flags, "--resume")
+    assert_same_training(whole, parts)
+    assert len(read_jsonl(parts / "metrics.jsonl")) > 1
 
-    save_training = training.save_training
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_training", kill)
-        run_train(data_dir, parts, *flags)
-    assert load_checkpoint(parts / "last.pt", "p7_clevr", [])["step"] == 3
-    run_train(data_dir, parts, *flags, "--resume")
-    first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, parts))
-    for key in ("model", "ema"):
-        assert all(torch.equal(value, second[key][name]) for name, value in first[key].items())
-    lines = read_jsonl(parts / "metrics.jsonl")
+
+def owners(scenes_dir, part):
+    """A function that looks pictures x (B, 3, 64, 64) in [-1, 1] up in a part of the data and tells their multi-hot
+    sets."""
+    images, conditions, _ = scenes.read_scenes(scenes_dir, part)
+    known = {x.numpy().tobytes(): condition for x, condition in zip(inference.as_input(images), conditions)}
+    return lambda x: torch.stack([known[picture.numpy().tobytes()] for picture in x])
+
+
+def test_pictures_train_with_their_own_sets_and_the_log_tells_their_loss(tmp_path, scenes_dir, monkeypatch):
+    own, ddpm_loss, update = owners(scenes_dir, "generator"), train.ddpm_loss, training.update
+    drawn, updates = [], []
+
+    def watched(model, x0, condition, null, alphas_cumprod, label_drop):
+        assert torch.equal(condition, own(x0)) and not null.any() and label_drop == 0.3
+        drawn.append(ddpm_loss(model, x0, condition, null, alphas_cumprod, label_drop))
+        return drawn[-1]
+
+    monkeypatch.setattr(train, "ddpm_loss", watched)
+    monkeypatch.setattr(training, "update", lambda parts, loss, *rest: (updates.append(loss.item()),
+                                                                        update(parts, loss, *rest)))
+    run_train(scenes_dir, tmp_path, "--epochs", 1, "--save_every", 3, "--shift", 2, "--label_drop", 0.3)
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 6, 8] and all(len(line["loss_quarters"]) == 4 for line in lines)
-    for key in ("loss", "loss_eps", "lr"):
-        assert [line[key] for line in lines] == [line[key] for line in first["metrics"]]
-    assert Image.open(parts / "samples_000008.png").size == (8 * 65 + 1, 4 * 65 + 1)
-    model, alphas_cumprod = load_model(parts / "model.pt")  # what training has written, inference reads
-    assert torch.equal(model.state_dict()["first.weight"], first["ema"]["first.weight"].half().float())
-    assert torch.equal(alphas_cumprod, scene_schedule("cosine", 4, 3.0))
+    t, loss = (torch.cat(values).detach() for values in zip(*drawn[3:6]))
+    alpha_bar = scene_schedule("cosine", 4, 2.0)[t]
+    by_hand = dict(loss=loss * (4 * (1 - alpha_bar) + alpha_bar), loss_eps=loss * alpha_bar)
+    told = {name: pytest.approx(value.mean().item(), rel=1e-4, abs=1e-5) for name, value in by_hand.items()}  # rounded
+    assert {name: lines[1][name] for name in by_hand} == told and np.mean(updates[3:6]) == told["loss"]
+    assert Image.open(tmp_path / "samples_000008.png").size == (8 * 65 + 1, 4 * 65 + 1)
+    model, alphas_cumprod = load_model(tmp_path / "model.pt")  # what training has written, inference reads
+    average = load_checkpoint(tmp_path / "last.pt", "p7_clevr", [])["ema"]
+    assert torch.equal(model.state_dict()["first.weight"], average["first.weight"].half().float())
+    assert torch.equal(alphas_cumprod, scene_schedule("cosine", 4, 2.0))
 
 
-def test_training_lowers_the_loss(tmp_path, data_dir, monkeypatch):
+def test_a_grader_is_asked_for_the_labels_of_the_pictures_that_it_sees(tmp_path, scenes_dir, monkeypatch):
+    own, network, compare = owners(scenes_dir, "grader"), NETWORKS["encoder"], nn.functional.binary_cross_entropy
+    passes, right = [], []
+
+    def watched_network():
+        model = network()
+        model.register_forward_hook(lambda module, inputs, output: passes.append((inputs[0], output)))
+        return model
+
+    def watched_loss(probabilities, labels, **options):
+        x, output = passes[-1]
+        right.append(torch.equal(probabilities, output) and torch.equal(labels, own(x)))
+        return compare(probabilities, labels, **options)
+
+    monkeypatch.setitem(NETWORKS, "encoder", watched_network)
+    monkeypatch.setattr(nn.functional, "binary_cross_entropy", watched_loss)
+    monkeypatch.setattr(train_evaluator, "augment", lambda x, labels, background, paste: (x, labels))
+    train_grader(scenes_dir, tmp_path, "--epochs", 1)
+    assert right == [True] * 3
+
+
+def test_training_lowers_the_loss(tmp_path, scenes_dir, monkeypatch):
     monkeypatch.setattr(train, "sample_grid", lambda *arguments: None)
-    run_train(data_dir, tmp_path, "--epochs", 4, "--lr", 3e-3, "--save_every", 8, "--channels", 24, 8, "--patch", 4,
+    run_train(scenes_dir, tmp_path, "--epochs", 4, "--lr", 3e-3, "--save_every", 8, "--channels", 24, 8, "--patch", 4,
               "--timesteps", 1000)
     losses = [row["loss"] for row in read_jsonl(tmp_path / "metrics.jsonl")]
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_two_processes_train_together(tmp_path, data_dir, torchrun):
-    done = torchrun("p7_clevr/train.py", "--data_dir", data_dir, "--output_dir", tmp_path, "--epochs", 1, "--device",
-                    "cpu", "--amp", "off", "--channels", 8, 8, "--patch", 8, "--batch_size", 32, "--timesteps", 4)
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es), 4 steps" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "model.pt", "metrics.jsonl", "samples_000004.png"}
+def test_two_processes_train_together(tmp_path, scenes_dir, train_together):
+    shared = ["--data_dir", scenes_dir, "--epochs", 1, "--device", "cpu", "--amp", "off", "--output_dir"]
+    generator = [*shared, tmp_path / "scenes", "--batch_size", 32, "--channels", 8, 8, "--patch", 8, "--timesteps", 4]
+    grader = [*shared, tmp_path / "grader", "--batch_size", 12, "--network", "encoder"]
+    printed = train_together(("p7_clevr.train", generator), ("p7_clevr.train_evaluator", grader))
+    assert "2 process(es), 4 steps" in printed and "2 process(es), 3 steps" in printed
+    assert {path.name for path in (tmp_path / "scenes").iterdir()} == {
+        "last.pt", "model.pt", "metrics.jsonl", "samples_000004.png"}
 
 
-def test_a_dry_run_writes_nothing(tmp_path, data_dir, capsys):
-    run_train(data_dir, tmp_path / "out", "--dry_run")
-    call(train_evaluator, "--device", "cpu", "--data_dir", data_dir, "--output_dir", tmp_path / "out", "--network",
+def test_a_dry_run_writes_nothing(tmp_path, scenes_dir, capsys):
+    run_train(scenes_dir, tmp_path / "out", "--dry_run")
+    call(train_evaluator, "--device", "cpu", "--data_dir", scenes_dir, "--output_dir", tmp_path / "out", "--network",
          "encoder", "--dry_run")
     assert capsys.readouterr().out.count("dry run: two steps of 8 images went well") == 2
     assert not (tmp_path / "out").exists()
@@ -443,39 +493,44 @@ def test_a_dry_run_writes_nothing(tmp_path, data_dir, capsys):
     (["--data_dir", "nowhere"], "neither a folder nor"), (["--channels", 9, 8], "divisible"),
     (["--channels", 8, 8, "--patch", 7], "do not fit together"), (["--batch_size", 1000], "larger than the"),
     (["--schedule", "linear", "--timesteps", 100], "more --timesteps")])
-def test_training_refuses_bad_flags(tmp_path, data_dir, flags, message):
+def test_training_refuses_bad_flags(tmp_path, scenes_dir, flags, message):
     with pytest.raises(UserError, match=message):
-        run_train(data_dir, tmp_path / "out", *flags)
+        run_train(scenes_dir, tmp_path / "out", *flags)
 
 
-def test_pasting_adds_the_objects_of_another_picture(data_dir):
-    images, labels, _ = scenes.read_scenes(data_dir, "grader")
+def test_pasting_adds_the_objects_of_another_picture(scenes_dir):
+    images, labels, _ = scenes.read_scenes(scenes_dir, "grader")
     torch.manual_seed(0)
     background = scenes.empty_background(images) / 127.5 - 1
     x, y = train_evaluator.augment(images.float() / 127.5 - 1, labels, background, paste=1.0)
     assert x.shape == images.shape and torch.equal(y, labels.maximum(labels.roll(1, 0)))
     assert (x - background).abs().mean() > 1.2 * (images.float() / 127.5 - 1 - background).abs().mean()
+    names = [["red cube"], ["green cube"], ["blue cube"]]
+    pictures = np.stack([np.asarray(draw_scene(cube, np.random.default_rng(0))) for cube in names])
+    pictures = inference.as_input(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    x, y = train_evaluator.augment(pictures, scenes.multi_hot(names), background, paste=1.0)
+    first, second = x.topk(2, dim=1).values.unbind(1)
+    shown = [[((x.argmax(1) == channel) & (first - second > 0.3))[i].any() for channel in range(3)] for i in range(3)]
+    assert torch.equal(torch.tensor(shown), y[:, [scenes.NUMBERS[cube] for [cube] in names]] > 0)
 
 
 @pytest.fixture(scope="module")
-def graders(tmp_path_factory, data_dir):
+def graders(tmp_path_factory, scenes_dir):
     """A folder with judge.pth, trained for a moment, and noisy.pth and shifted.pth, whose pictures are noisy."""
     folder = tmp_path_factory.mktemp("graders")
     for name, flags in (("judge", ["--epochs", 25, "--paste", 0]), ("noisy", ["--epochs", 1, "--noisy"]),
                         ("shifted", ["--epochs", 1, "--noisy", "--shift", 2])):
-        call(train_evaluator, "--device", "cpu", "--amp", "off", "--data_dir", data_dir, "--output_dir",
-             folder / "training" / name, "--network", "encoder", "--batch_size", 12, "--lr", 1e-2, "--warmup", 2,
-             "--save_every", 25, "--ema", 0.9, *flags)
+        train_grader(scenes_dir, folder / "training" / name, "--save_every", 25, *flags)
         os.replace(folder / "training" / name / "model.pt", folder / f"{name}.pth")
     return folder
 
 
-def test_a_grader_learns_and_its_file_is_an_evaluator(graders, data_dir):
+def test_a_grader_learns_and_its_file_is_an_evaluator(graders, scenes_dir):
     lines = read_jsonl(graders / "training/judge/metrics.jsonl")
     share = 2 / 24  # of the objects, in the mean over pictures of one, two and three
     knows_nothing = -24 * (share * math.log(share) + (1 - share) * math.log(1 - share))
     assert lines[-1]["loss"] < 0.9 * knows_nothing and 0 <= lines[-1]["accuracy"] <= 1
-    images, labels, _ = scenes.read_scenes(data_dir, "held_out")
+    images, labels, _ = scenes.read_scenes(scenes_dir, "held_out")
     evaluator = Evaluator(graders / "judge.pth")
     accuracy = evaluator.eval(inference.as_input(images), labels)
     assert accuracy == pytest.approx(lines[-1]["accuracy"], abs=0.12)  # two of 18 labels, for half precision
@@ -531,6 +586,10 @@ def test_classifier_guidance_raises_the_classifiers_opinion(checkpoint, graders,
     assert opinions[1] > opinions[0]
 
 
+def picture(path):
+    return torch.from_numpy(np.asarray(Image.open(path)).astype(int)).permute(2, 0, 1)
+
+
 @pytest.fixture
 def lab(tmp_path, checkpoint, evaluator_file):
     """lab(*arguments): main() of the wrapper's script with the tiny checkpoint, from the folder tmp_path."""
@@ -540,12 +599,15 @@ def lab(tmp_path, checkpoint, evaluator_file):
     return run
 
 
-def test_the_lab_writes_what_the_course_asks_for(tmp_path, lab, capsys):
+def test_the_lab_writes_what_the_course_asks_for(tmp_path, lab, checkpoint, capsys):
+    sampling = Sampling("ddim", 7, "uniform", guidance=0)
     lab(tmp_path / "out", "--steps", 7, "--spacing", "uniform", "--sampler", "ddim", "--guidance", 0)
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
     assert files == {f"images/{name}/{number}.png" for name in ("test", "new_test") for number in range(32)} | {
         "grid_test.png", "grid_new_test.png", "denoising.png"}
-    assert Image.open(tmp_path / "out/images/test/0.png").size == (64, 64)
+    for name, number, key in ("test", 3, 3), ("new_test", 5, 1005):
+        expected = images_of(checkpoint, [(key, scenes.official_sets()[name][number])], sampling=sampling)
+        assert (picture(tmp_path / f"out/images/{name}/{number}.png") - expected).abs().max() <= 1
     assert Image.open(tmp_path / "out/grid_test.png").size == (8 * 66 + 2, 4 * 66 + 2)
     strip = np.asarray(Image.open(tmp_path / "out/denoising.png"))
     assert strip.shape == (68, 8 * 66 + 2, 3)
@@ -554,11 +616,19 @@ def test_the_lab_writes_what_the_course_asks_for(tmp_path, lab, capsys):
     assert re.search(r"^test: accuracy 0\.\d{4} \(32 images\)\nnew_test: accuracy 0\.\d{4} \(32 images\)\n", out)
 
 
-def test_any_wish_is_drawn_eight_times(tmp_path, lab, capsys):
-    lab(tmp_path / "out", "--labels", "red sphere", "cyan cube")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {*(f"{number}.png" for number in range(8)), "grid.png"}
-    assert "red sphere, cyan cube: accuracy" in capsys.readouterr().out
+def test_any_wish_is_drawn_eight_times(tmp_path, lab, checkpoint, graders, capsys):
+    names, path = ["red sphere", "cyan cube"], graders / "noisy.pth"
+    guide = inference.load_guide(path, 2.0, scene_schedule(shift=3.0), "cpu")
+    drawn = []
+    for flags, options in ([], {}), (["--seed", 1], dict(seed=1)), (["--guide", path, "--scale", 2], dict(guide=guide)):
+        lab(tmp_path / "out", "--labels", *names, *flags)
+        assert "red sphere, cyan cube: accuracy" in capsys.readouterr().out
+        assert {file.name for file in (tmp_path / "out").iterdir()} == {*(f"{n}.png" for n in range(8)), "grid.png"}
+        drawn.append(torch.stack([picture(tmp_path / f"out/{number}.png") for number in range(8)]))
+        expected = images_of(checkpoint, [(number, names) for number in range(8)], 8,
+                             sampling=inference.SHIPPED._replace(steps=2), **options)
+        assert (drawn[-1] - expected).abs().max() <= 1
+    assert min((drawn[0] - other).abs().max() for other in drawn[1:]) > 5
 
 
 def test_five_objects_may_be_asked_for(tmp_path, lab):
@@ -633,6 +703,15 @@ def test_things_are_counted_before_the_background():
     assert evaluate.count_objects(images.to(torch.uint8), background).tolist() == [0, 2, 0]
 
 
+def test_the_floor_is_the_distance_of_real_images_of_as_many_objects():
+    judge = evaluate.Judge.__new__(evaluate.Judge)
+    judge.sets = [["red cube"], ["red cube", "gray cube"], ["gray cube"], ["red cube", "gray cube", "cyan cube"]]
+    judge.real_features = torch.tensor([[1.0], [50.0], [3.0], [70.0]]) * torch.eye(2)[0]
+    judge.held_out_features = torch.tensor([[4.0], [6.0], [8.0]]) * torch.eye(2)[0]
+    sets = [["cyan cube"], ["blue cube"]]  # so the first and the third: of mean 2 and variance 2
+    assert judge.floor(sets) == pytest.approx((6 - 2) ** 2 + 4 + 2 - 2 * math.sqrt(4 * 2))
+
+
 @pytest.fixture
 def shipped(graders, evaluator_file, tmp_path, monkeypatch):
     """The graders of the tests in the place of the shipped ones."""
@@ -644,11 +723,12 @@ def shipped(graders, evaluator_file, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_judge_tells_real_pictures_from_noise(shipped, data_dir):
-    judge = evaluate.Judge(data_dir, evaluator=shipped / "evaluator.pth", judge=shipped / "judge.pth")
-    images, _, sets = scenes.read_scenes(data_dir, "grader")
+def test_the_judge_tells_real_pictures_from_noise(shipped, scenes_dir):
+    judge = evaluate.Judge(scenes_dir, evaluator=shipped / "evaluator.pth", judge=shipped / "judge.pth")
+    images, _, sets = scenes.read_scenes(scenes_dir, "grader")
     real = judge(images, sets)
     assert real["too_many"] == 0 and real["color_mean"] < 10 and real["accuracy"] == real["judge"]
+    assert real["frechet_ratio"] == pytest.approx(real["frechet"] / judge.floor(sets))
     noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     noise = judge(noise, sets)
     assert noise["frechet"] > 3 * real["frechet"] and noise["color_std"] > 20
@@ -657,11 +737,11 @@ def test_the_judge_tells_real_pictures_from_noise(shipped, data_dir):
     assert math.isnan(one["frechet"]) and math.isnan(one["frechet_ratio"])  # and one has no covariance
 
 
-def test_evaluate_script(shipped, data_dir, lab, tmp_path, capsys, monkeypatch):
+def test_evaluate_script(shipped, scenes_dir, lab, tmp_path, capsys, monkeypatch):
     lab(tmp_path / "out")
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "out"), "--data_dir", str(data_dir), "--evaluator",
-                                      str(shipped / "evaluator.pth")])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "out"), "--data_dir", str(scenes_dir),
+                                      "--evaluator", str(shipped / "evaluator.pth")])
     monkeypatch.setattr(evaluate.Judge.__init__, "__defaults__", ("cpu", *[shipped / "judge.pth"] * 2))
     evaluate.main()
     out = capsys.readouterr().out
@@ -683,7 +763,7 @@ def test_evaluate_script(shipped, data_dir, lab, tmp_path, capsys, monkeypatch):
     assert re.search(r"^Frechet distance \d+\.\d\d$", out, re.MULTILINE) and "nan" not in out
 
 
-def test_a_study_measures_each_setting_once(shipped, evaluator_file, data_dir, checkpoint, tmp_path, monkeypatch,
+def test_a_study_measures_each_setting_once(shipped, evaluator_file, scenes_dir, checkpoint, tmp_path, monkeypatch,
                                             capsys):
     monkeypatch.setattr(evaluate.Judge.__init__, "__defaults__", ("cpu", *[shipped / "judge.pth"] * 2))
     monkeypatch.setattr(studies, "TABLES", {
@@ -692,7 +772,7 @@ def test_a_study_measures_each_setting_once(shipped, evaluator_file, data_dir, c
     sets_of, measure, measured = studies.sets_of, studies.measure, []
     monkeypatch.setattr(studies, "sets_of", lambda kind, judge: sets_of(kind, judge)[:12])
     monkeypatch.setattr(studies, "measure", lambda *arguments: measured.append(arguments) or measure(*arguments))
-    flags = ["--device", "cpu", "--output", tmp_path / "results.csv", "--data_dir", data_dir, "--checkpoint",
+    flags = ["--device", "cpu", "--output", tmp_path / "results.csv", "--data_dir", scenes_dir, "--checkpoint",
              checkpoint, "--steps", 1, "--evaluator", shipped / "evaluator.pth", "--tables", "scale", "again", "five"]
     call(studies, *flags)
     out = capsys.readouterr().out
@@ -753,6 +833,22 @@ def test_the_shipped_networks_have_the_settings_of_the_printed_commands(monkeypa
     assert lines[-1] == shipped["metrics"][-1] and lines[-1]["epoch"] == shipped["recipe"]["epochs"]
     if script is train_evaluator:
         assert " ".join(arguments) in script.__doc__
+
+
+def test_the_shipped_networks_draw_and_recognise_scenes(monkeypatch):
+    """In a third of the steps, alone and guided by the classifier of noisy images."""
+    monkeypatch.setitem(NETWORKS, "encoder", Encoder)
+    folder = ROOT / "p7_clevr/checkpoints"
+    sets = scenes.official_sets()["test"][:4]
+    _, alphas_cumprod = load_model(folder / "scenes.pt")
+    guide = inference.load_guide(folder / "noisy.pth", 1.0, alphas_cumprod, "cpu")
+    for options in {}, dict(guide=guide):
+        images = images_of(folder / "scenes.pt", list(enumerate(sets)),
+                           sampling=inference.SHIPPED._replace(steps=10), **options)
+        x, labels = inference.as_input(images), scenes.multi_hot(sets)
+        for name in "evaluator", "judge":  # by chance a twentieth
+            assert Evaluator(folder / f"{name}.pth").eval(x, labels) >= 0.6
+    assert top_k_hits(guide.network.logits(x), labels).sum() >= 0.6 * labels.sum()
 
 
 def test_the_shipped_setting_is_the_one_that_the_rule_picks():

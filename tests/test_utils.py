@@ -55,7 +55,9 @@ def test_pick_device(monkeypatch):
     with pytest.raises(UserError, match="--device cuda .* use --device cpu"):
         utils.pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     assert utils.pick_device("auto").type == utils.pick_device("cuda").type == "cuda"
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
 def test_autocast_only_with_a_low_precision():
@@ -115,17 +117,23 @@ def test_in_batches_gives_up_when_one_item_does_not_fit_and_hides_no_other_error
      "script.py: error: [Errno 28] No space left on device: 'x'\n"),
     ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\\nSee more')", 2,
      "script.py: error: CUDA out of memory. Tried to allocate 2 GiB.; free some or lower --batch_size\n"),
-    ("os.kill(os.getpid(), signal.SIGTERM)", 130, "\nscript.py: interrupted\n"),
-    ("os.kill(os.getpid(), signal.SIGINT)", 130, "\nscript.py: interrupted\n"),
+    ("kill(signal.SIGTERM)", 130, "\nscript.py: interrupted\n"),
+    ("kill(signal.SIGINT)", 130, "\nscript.py: interrupted\n"),
+    ("kill(signal.SIGHUP)", 130, "\nscript.py: interrupted\n"),
     ("print('fine')", 0, ""),
 ])
 def test_exit_status_and_message(tmp_path, monkeypatch, capsys, action, status, message):
+    def kill(number):
+        assert callable(signal.getsignal(number))  # or the tests themselves would end here
+        os.kill(os.getpid(), number)
+
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "script.py")])
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup's SIGHUP
     returned = 0
     try:
-        utils.run(lambda: exec(action, {"utils": utils, "os": os, "signal": signal}))
+        utils.run(lambda: exec(action, {"utils": utils, "kill": kill, "signal": signal}))
     except SystemExit as stopped:
         returned = stopped.code
     finally:
@@ -214,9 +222,9 @@ def test_threads_sleep_soon_unless_the_user_says_otherwise(tmp_path):
 
 
 def test_a_python_without_the_packages_says_which_one_it_is(tmp_path):
-    path = script(tmp_path, "sys.path[:] = [path for path in sys.path if 'site-packages' not in path]\n"
-                            "print('first')\nimport utils\nprint('never')")
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
+    path = script(tmp_path, "print('first')\nimport utils\nprint('never')")
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which may hold packages
+    done = subprocess.run([sys.executable, "-S", path], env=own, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "first\n")
     assert f"python3 is {sys.executable}, which lacks torch, torchvision" in done.stderr
     assert "pip install -r" in done.stderr and "Traceback" not in done.stderr
