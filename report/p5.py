@@ -19,6 +19,7 @@ from p5_gan.model import Discriminator, load_model
 from p5_gan.studies import RECIPES
 from report.layers import draw_chains, trace
 from report.records import require_records
+from utils import image_generators
 
 NOISES = Path(__file__).resolve().parents[1] / "p2_ddim/noise64"
 
@@ -54,11 +55,12 @@ def side_by_side(path, chapters, device, gan_faces, quick):
     """Eight faces of each model, one row each."""
     vae, latents = load_vae(chapters / "p4_vae/checkpoints/vae.pt", device)
     unet = load_unet(chapters / "p2_ddim/checkpoints/face64.pt", device)
-    noises = [load_noise(path).to(device) for path in find_noises(NOISES)[:8]]
-    faces = torch.cat([stretch(sample(unet, noise, 2 if quick else 50)) for noise in noises]).cpu()
+    noises = torch.cat([load_noise(path) for path in find_noises(NOISES)[:8]]).to(device)
+    ddim, ddpm = (stretch(sample(unet, noises, 2 if quick else 50, eta, image_generators(0, range(8)))).cpu()
+                  for eta in (0.0, 1.0))
     rows = {"VAE, N(0, I)": generate_vae(vae, range(8), 0), "VAE, fitted": generate_vae(vae, range(8), 0,
                                                                                        latents["mixture"]),
-            "GAN": gan_faces[:8], "diffusion": faces}
+            "GAN": gan_faces[:8], "DDIM": ddim, "DDPM": ddpm}
     image_grid(path, torch.cat(list(rows.values())), 8, row_names=list(rows), width=4.6)
 
 

@@ -48,7 +48,7 @@ def chapters(tmp_path_factory):
     rows = [dict(step=step, epoch=step / 2, real_logit=0.5, generated_logit=-0.5, accuracy=0.7, augmented=0.1,
                  seconds=60) for step in (1, 2, 3, 4)]
     save(root / "p5_gan/checkpoints", "gan.pt", "p5_gan", Generator(**config), config, rows)
-    names = "gan", "vae_normal", "vae_fitted", "ddim", "real"
+    names = "gan", "vae_normal", "vae_fitted", "ddim", "ddpm", "real"
     pd.DataFrame([dict(name=name, checkpoint="" if name == "real" else "ab", count=100, **MEASURES)
                   for name in names]).to_csv(
         root / "p5_gan/checkpoints/faces.csv", index=False)
@@ -88,7 +88,7 @@ def test_the_report_on_faces_is_whole(chapters, faces, tmp_path):
     p4, p5 = (json.loads((tmp_path / f"report/build/{part}.json").read_text()) for part in ("p4", "p5"))
     assert p4["minutes"] == p5["minutes"] == 4 and p4["faces"] == 30 and len(set(p4["numbers"])) == 10
     assert p4["printed"][0].startswith("VAE(") and p5["printed"][1].startswith("Discriminator(")
-    assert [row["name"] for row in p5["faces"]] == ["gan", "vae_normal", "vae_fitted", "ddim", "real"]
+    assert [row["name"] for row in p5["faces"]] == ["gan", "vae_normal", "vae_fitted", "ddim", "ddpm", "real"]
 
 
 def test_missing_records_are_told(tmp_path, faces):
