@@ -218,8 +218,8 @@ class Judge:
         training = self.training.images
         count = min(len(images), len(training))
         if count not in self.real:
-            order = torch.from_numpy(np.random.default_rng(0).permutation(len(training)))
-            self.real[count] = self.measures(look(training[order[:count]], self.identity)) | dict(
+            drawn = self.training.draw(count, seed=0).images
+            self.real[count] = self.measures(look(drawn, self.identity)) | dict(
                 nearest=nearest_distances(self.validation.images[:count], training).median().item())
         measures = self.measures(look(images, self.identity))
         measures["nearest"] = nearest_distances(images, training).median().item()

@@ -6,7 +6,7 @@
 Trains with each of --betas into a folder of --output_dir, unless that is done (an interrupted training goes on), judges
 1,000 samples of N(0, I) and of the fitted prior as face_grader.py does, which needs its packages, and writes a row each
 into --output_dir/results.csv, where rows of other betas stay; --output p4_vae/checkpoints/results.csv changes the
-record of README and report. Prints the table as Markdown. An hour for each of --betas on one core. --figures: the
+record of README and report. Prints the table as Markdown. A training takes 44 minutes on one core. --figures: the
 learning curve and the t-SNE embedding of the validation faces' mean latents, of the last of --betas.
 """
 

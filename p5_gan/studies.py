@@ -1,7 +1,7 @@
 """The study of problem 2: what the recipe gives beside others, and what its parts give in a tenth of its length.
 
     python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58 --recipes ours      # 100 minutes on two cores
-    python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58                         # all recipes: 17 hours
+    python3 p5_gan/studies.py --data_dir first9000.zip squashed.zip:6-58        # all recipes, 17 hours by their rates
 
 Trains each recipe into a folder of --output_dir, unless that is done (an interrupted training goes on), judges 1,000
 samples as face_grader.py does, which needs its packages, and writes a row each into --output_dir/results.csv, with the

@@ -1,5 +1,5 @@
-"""Makes the repository's modules importable from any current directory, keeps figures off the screen and work off the
-GPU, runs scripts and trainings, and makes a data set of random digits for the tests that need all three domains."""
+"""Makes the repository's modules importable from any current directory, keeps figures off the screen, runs scripts and
+trainings, and makes a data set of random digits for the tests that need all three domains."""
 
 import contextlib
 import os
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU repeats nothing bit for bit
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
