@@ -374,7 +374,7 @@ def test_other_models_faces_are_judged_and_recorded(data, trained, tmp_path, mon
         dict(face_rate=len(images) / 100, kid=0.0, nearest=1.0)))
     flags = ["--data_dir", data, "--checkpoint", trained / "model.pt", "--device", "cpu", "--count", 30]
     call(evaluate, *flags, "--others", data, "--output", tmp_path / "new/faces.csv")
-    table = pd.read_csv(tmp_path / "new/faces.csv")
+    table = pd.read_csv(tmp_path / "new/faces.csv", dtype=dict(checkpoint=str))
     assert table.name.tolist() == ["gan", data.name, "real", "real"] and table["count"].tolist() == [30, 20, 30, 20]
     assert table.checkpoint.fillna("").tolist() == [digest_of(trained / "model.pt"), "", "", ""]
     pictures = np.stack([np.asarray(Image.open(path)) for path in data.iterdir()])
