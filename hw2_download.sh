@@ -17,14 +17,6 @@ size() { wc -c < "$1" | tr -d ' '; }
 sha256() { { sha256sum "$1" 2> /dev/null || shasum -a 256 "$1"; } | cut -d ' ' -f 1; }
 intact() { [ -f "$1" ] && [ "$(size "$1")" = "$2" ] && [ "$(sha256 "$1")" = "$3" ]; }
 
-download() {  # ADDRESS FILE
-    mkdir -p "$(dirname "$2")"
-    case "$1" in
-        *drive.google.com*) python3 -m gdown "$1" -O "$2" ;;
-        *) if command -v curl > /dev/null; then curl -fL --retry 2 -o "$2" "$1"; else wget -O "$2" "$1"; fi ;;
-    esac
-}
-
 if [ "${1:-}" = --update ]; then
     [ -w . ] || { echo "$PWD cannot be written to; --update is for a copy of yours" >&2; exit 2; }
     with_address="$(awk -F, 'NR > 1 && $4 != "in the repository"' "$manifest")"
@@ -53,7 +45,8 @@ while IFS=, read -r path bytes sha256 address || [ -n "$path" ]; do
     if [ "$address" != "in the repository" ]; then
         echo "downloading $path"
         partial="$path.$$.partial"  # of this run alone
-        if download "$address" "$partial" && intact "$partial" "$bytes" "$sha256"; then
+        mkdir -p "$(dirname "$path")"
+        if python3 -m gdown "$address" -O "$partial" && intact "$partial" "$bytes" "$sha256"; then
             mv "$partial" "$path"
             continue
         fi

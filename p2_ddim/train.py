@@ -1,6 +1,6 @@
 """Trains UNet.py on face images (Algorithm 1 of Ho et al. 2020), for those who have no UNet.pt.
 
-    python3 p2_ddim/train.py --data_dir img_align_celeba.zip                 # or a folder of numbered images
+    python3 p2_ddim/train.py --data_dir img_align_celeba.zip --epochs 1      # or a folder of numbered images
     python3 p2_ddim/train.py --data_dir img_align_celeba.zip --resume        # goes on where the last run stopped
     python3 p2_ddim/train.py --data_dir img_align_celeba.zip --dry_run       # two steps, to see that all is in place
     torchrun --nproc_per_node=4 p2_ddim/train.py --data_dir img_align_celeba.zip   # --batch_size is for all together

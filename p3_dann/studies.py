@@ -1,13 +1,13 @@
 """Every training behind the tables of problem 3, the tables, and the choice of what is shipped.
 
-    python3 p3_dann/studies.py --jobs 2               # all methods on 2023's pairs, 3 seeds: 15 trainings
+    python3 p3_dann/studies.py --jobs 2               # all but AdaMatch on 2023's pairs, 3 seeds: 15 trainings
     python3 p3_dann/studies.py --tables pairs         # the other pairs and AdaMatch
     python3 p3_dann/studies.py --tables choice        # DANN's other settings, between which the rule picks
     python3 p3_dann/studies.py --tables ablation adamatch_ablation       # what each part gives, one seed
     python3 p3_dann/studies.py --tables long          # the other methods with as many steps as AdaMatch
     python3 p3_dann/studies.py --tables pairs --runs 'mnistm_svhn_adamatch_s*'     # some of a table's trainings
 
-A training by AdaMatch takes some 25 minutes on 2 CPU cores with bfloat16, by DANN 7 to 12. One that is in
+A training by AdaMatch takes 43 to 53 minutes on one CPU core with bfloat16, by DANN 7 to 12 on two. One that is in
 --output_dir already is not repeated, an interrupted one goes on. Writes --output_dir/results.csv. With --publish, its
 rows replace those of the same trainings in p3_dann/checkpoints/results.csv, and networks of seed 0, each with its
 record, go to p3_dann/checkpoints, where inference.py looks for them: the seed was fixed before any was trained. Which

@@ -1,7 +1,7 @@
 """Trains a network of problem 3 by DANN (Ganin et al., JMLR 2016) or one of the methods beside it, see methods.py.
 
     python3 p3_dann/train.py --target svhn --method dann         # MNIST-M -> SVHN: 80 to 82 %, 7 to 12 minutes
-    python3 p3_dann/train.py --target svhn --method adamatch     # Berthelot et al., ICLR 2022: 91 to 95 %, 25 minutes
+    python3 p3_dann/train.py --target svhn --method adamatch     # Berthelot et al., ICLR 2022: 91 to 95 %, 45 minutes
     python3 p3_dann/train.py --target usps --lambda_max 0.1      # MNIST-M -> USPS: 98 to 99 %; --source takes any other
     python3 p3_dann/train.py --target svhn --method source_only  # the lower bound: source labels, no target images
     python3 p3_dann/train.py --target svhn --method target_only  # the upper bound: target labels, no source images

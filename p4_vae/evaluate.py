@@ -4,7 +4,7 @@
 
 FACES is a folder or a zip file, as --data_dir in faces.py. Where it holds the faces 8001 to 9000, which no training
 sees, these alone are taken. The mean squared error is over all pixels and channels in [0, 1], of the mean latent's
-image; the assignment asks for less than 0.05.
+image; the assignment's training tip is less than 0.05.
 """
 
 import sys

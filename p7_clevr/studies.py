@@ -1,6 +1,6 @@
 """How guidance, sampler, steps and classifier guidance trade accuracy, fidelity and time: the report's tables.
 
-    python3 p7_clevr/studies.py --data_dir DIR                                # all tables of the committed checkpoint
+    python3 p7_clevr/studies.py --data_dir DIR                                # all tables but ablation
     python3 p7_clevr/studies.py --data_dir DIR --tables ablation --checkpoint multi_hot/model.pt
 
 Generates the scenes of each setting, judges them as evaluate.py does, and adds a line to --output; --output

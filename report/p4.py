@@ -7,7 +7,7 @@ from plots import TEXT_WIDTH, image_grid
 import pandas as pd
 import torch
 
-from faces import attributes_of, read_attributes, test_faces
+from faces import attributes_of, read_attributes, save_grid, test_faces
 from files import load_checkpoint, read_jsonl
 from p4_vae.evaluate import evaluate
 from p4_vae.inference import generate, reconstruct
@@ -46,8 +46,8 @@ def build(folder, checkpoints, source, attributes, device, quick):
     rows, errors = reconstruct(model, ten.images)
     image_grid(folder / "p4_pairs.svg", torch.cat([ten.images, *rows]), 10, row_names=["test image", "reconstruction"],
                column_names=[f"{error:.4f}" for error in errors.tolist()], width=TEXT_WIDTH)
-    for name, mixture in ("p4_samples", None), ("p4_fitted", latents["mixture"]):
-        image_grid(folder / f"{name}.svg", generate(model, range(32), 0, mixture), 8, width=4)
+    for name, mixture in ("p4_samples", None), ("p4_fitted", latents["mixture"]):  # as the wrapper writes them
+        save_grid(folder / f"{name}.png", generate(model, range(32), 0, mixture))
     has = attributes_of(faces, read_attributes(attributes), SHOWN)
     draw_embedding(folder / "p4_tsne.svg", embed(model, faces), dict(has))
     rows_of_study = pd.read_csv(checkpoints / "results.csv", dtype=dict(beta=str))

@@ -8,6 +8,7 @@ from plots import BLUE, GREEN, ORANGE, TEXT_WIDTH, VERMILION, image_grid, plt, s
 import pandas as pd
 import torch
 
+from faces import save_grid
 from files import load_checkpoint, read_jsonl
 from p2_ddim.ddim import sample, stretch
 from p2_ddim.inference import find_noises, load_noise
@@ -80,7 +81,7 @@ def build(folder, chapters, device, quick):
     printed = architecture(folder / "p5_architecture.svg", generator, discriminator)
     match_figure(folder / "p5_match.svg", metrics)
     faces = generate(generator, range(32), 0)
-    image_grid(folder / "p5_samples.svg", faces, 8, width=4)
+    save_grid(folder / "p5_samples.png", faces)  # as the wrapper writes them
     side_by_side(folder / "p5_models.svg", chapters, device, faces, quick)
     rows, recipes = (json.loads(pd.read_csv(checkpoints / name).to_json(orient="records"))
                      for name in ("faces.csv", "results.csv"))

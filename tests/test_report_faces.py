@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+import p4_vae.inference
+import p5_gan.inference
 from conftest import ROOT, call
 from files import save_checkpoint
 from p4_vae.model import VAE
@@ -83,8 +85,12 @@ def test_the_report_on_faces_is_whole(chapters, faces, tmp_path):
     pdf = (tmp_path / "assignments/dlcv2020_hw3/report_p4_p5.pdf").read_bytes()
     assert pdf.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 4
     text = "".join((ROOT / f"report/{part}.typ").read_text() for part in ("p4", "p5"))
-    named = {name for name in re.findall(r'drawing\("(\w+)"|/(p4_\w+)\.svg', text) for name in name if name}
-    assert named == {path.stem for path in (tmp_path / "report/build").glob("*.svg")}
+    named = {name for name in re.findall(r'(?:drawing|picture)\("(\w+)"|/(p4_\w+)\.png', text) for name in name if name}
+    assert named == {path.stem for path in (tmp_path / "report/build").glob("p*_*.*g")}
+    for script, name in (p4_vae.inference, "p4_vae/checkpoints/vae"), (p5_gan.inference, "p5_gan/checkpoints/gan"):
+        call(script, "--checkpoint", chapters / f"{name}.pt", "--grid", tmp_path / "out.png", "--device", "cpu")
+        shown = tmp_path / f"report/build/{name[:2]}_samples.png"
+        assert (tmp_path / "out.png").read_bytes() == shown.read_bytes()  # the wrapper's picture
     p4, p5 = (json.loads((tmp_path / f"report/build/{part}.json").read_text()) for part in ("p4", "p5"))
     assert p4["minutes"] == p5["minutes"] == 4 and p4["faces"] == 30 and len(set(p4["numbers"])) == 10
     assert p4["printed"][0].startswith("VAE(") and p5["printed"][1].startswith("Discriminator(")
