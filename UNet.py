@@ -3,8 +3,8 @@
 It is the CelebA-HQ 256x256 network of Ho et al. 2020 (arXiv 2006.11239, appendix B) as the PyTorch version of Kim
 Seonghyeon (github.com/rosinality/denoising-diffusion-pytorch) has it, written anew: six resolutions with two residual
 blocks each, self-attention at the fifth resolution and in the middle. That version pads on both sides where it halves
-the image and divides the frequencies' exponent by the full width. The names of the
-weights (down1 ... down18, mid1, mid2, up1 ... up23) are those of the course's file.
+the image and divides the frequencies' exponent by the full width. The names of the weights (down1 ... down18, mid1,
+mid2, up1 ... up23) are those of the course's file.
 
     model = UNet(channel=channel_of(weights))
     model.load_state_dict(weights)
