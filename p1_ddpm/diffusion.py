@@ -12,6 +12,7 @@ step. `predict(x, t)` returns (x0, eps), see `guided_predictor`; `timesteps` des
 stream of random numbers an image.
 """
 
+import functools
 import math
 
 import torch
@@ -144,16 +145,17 @@ def uniform_timesteps(alphas_cumprod, steps):
     return [round(total * (steps - i) / steps) for i in range(steps + 1)]
 
 
-def log_snr_timesteps(alphas_cumprod, steps):
+def log_snr_timesteps(alphas_cumprod, steps, low=-math.inf, high=math.inf):
     """The timesteps visited from T down to 0, `steps` + 1 integers, about equally far apart in log(signal / noise).
 
     That is lambda, in which a solver's error per stride is even (Lu et al. 2022, arXiv 2206.00927), so strides are
     short in t where the image emerges from noise and where it is finished. Targets are `steps` equidistant lambdas
-    from -lambda_1, or lambda_T where that is higher, to lambda_1; T itself stands in for the first of them. No stride
-    is below one timestep: with steps = T every one is visited.
+    from -lambda_1, or lambda_T where that is higher, to lambda_1, within `low` and `high`; T itself stands in for the
+    first of them. No stride is below one timestep: with steps = T every one is visited.
     """
     lambda_ = torch.log(alphas_cumprod[1:] / (1 - alphas_cumprod[1:])) / 2  # of t = 1 ... T
-    targets = torch.linspace(max(-lambda_[0].item(), lambda_[-1].item()), lambda_[0].item(), steps, dtype=torch.float64)
+    first, last = max(low, -lambda_[0].item(), lambda_[-1].item()), min(high, lambda_[0].item())
+    targets = torch.linspace(first, last, steps, dtype=torch.float64)
     nearest = 1 + (lambda_ - targets[:, None]).abs().argmin(dim=1)
     timesteps = [len(lambda_)]
     for i in range(1, steps):
@@ -161,7 +163,9 @@ def log_snr_timesteps(alphas_cumprod, steps):
     return timesteps + [0]
 
 
-SPACINGS = {"log_snr": log_snr_timesteps, "uniform": uniform_timesteps}
+# `trimmed` leaves out nearly pure noise and nearly finished images, in which a few steps are better spent elsewhere.
+SPACINGS = {"log_snr": log_snr_timesteps, "trimmed": functools.partial(log_snr_timesteps, low=-4.2, high=3.0),
+            "uniform": uniform_timesteps}
 
 
 # --- Samplers -----------------------------------------------------------------------------------

@@ -120,11 +120,12 @@ def digits_of_same_noise(model, alphas_cumprod, device, sampling=SHIPPED):
 
 
 def reverse_process(path, states, alphas_cumprod, row_names=()):
-    """Draws six of the `states`, {t: uint8 (rows, 3, 28, 28)}, those nearest to STATES, as columns; returns their
-    (t, image's share). The share is sqrt(alpha-bar_t).
+    """Draws six of the `states`, {t: uint8 (rows, 3, 28, 28)}, as columns, for each of STATES the nearest that is not
+    shown already; returns their (t, image's share). The share is sqrt(alpha-bar_t).
     """
-    total = len(alphas_cumprod) - 1
-    shown = [min(states, key=lambda t: abs(1000 * t / total - wanted)) for wanted in STATES]
+    total, shown = len(alphas_cumprod) - 1, []
+    for wanted in STATES:
+        shown.append(min(states.keys() - shown, key=lambda t: abs(1000 * t / total - wanted)))
     image_grid(path, torch.stack([states[t] for t in shown], dim=1).flatten(0, 1), len(shown), row_names=row_names,
                column_names=[f"t = {t}" for t in shown], width=5)
     return [(t, alphas_cumprod[t].sqrt().item()) for t in shown]
@@ -169,9 +170,9 @@ def steps_figure(path, rows):
     steps of Algorithm 2. rows: of the tables steps, spacing and reference."""
     table = rows[rows.table != "reference"].drop_duplicates(FLAGS).astype(dict(steps=int)).sort_values("steps")
     series = [(SAMPLER_NAMES[name], name, "log_snr") for name in SAMPLER_NAMES]
-    series.append(("DDIM, equal strides in t", "ddim", "uniform"))
+    series += [("DDIM, trimmed strides", "ddim", "trimmed"), ("DDIM, equal strides in t", "ddim", "uniform")]
     figure, panels = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 1.9))
-    for (name, sampler, spacing), colour, marker in zip(series, (BLUE, VERMILION, GREEN, ORANGE), "osD^"):
+    for (name, sampler, spacing), colour, marker in zip(series, (BLUE, VERMILION, GREEN, PURPLE, ORANGE), "osDv^"):
         group = table[(table.sampler == sampler) & (table.spacing == spacing)]
         for axes, column in zip(panels, ("frechet_ratio", "diversity")):
             axes.plot(group.steps, group[column], color=colour, marker=marker, label=name)
@@ -289,4 +290,4 @@ def build(folder, checkpoints, data_dir, device, quick):
         quality=dict(measures, damaged=damaged(judge, labels, measures["frechet_floor"])), results=as_records(rows),
         candidates=[dict(row, passes=passes(row, alphas_cumprod)) for row in
                     as_records(means(rows[rows.table == "candidates"]).sort_values("frechet_ratio"))],
-        **{table: as_records(means(rows[rows.table == table])) for table in ("choice", "seeds", "ddim")})
+        **{table: as_records(means(rows[rows.table == table])) for table in ("seeds", "ddim")})

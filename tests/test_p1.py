@@ -190,12 +190,15 @@ def test_timesteps_are_all_or_in_equal_strides():
     for name in ("linear", "cosine"):
         alphas_cumprod = diffusion.noise_schedule(name)
         for steps in (1, 2, 7, 20, 200, 999, 1000):
-            timesteps = diffusion.log_snr_timesteps(alphas_cumprod, steps)
-            assert timesteps[0] == 1000 and timesteps[-1] == 0 and len(timesteps) == steps + 1
-            assert all(a > b for a, b in zip(timesteps, timesteps[1:]))
-        inner = diffusion.log_snr_timesteps(alphas_cumprod, 12)[2:9]
-        strides = np.diff([math.log(a / s) for a, s in (diffusion.signal_and_noise(alphas_cumprod, t) for t in inner)])
-        assert strides.max() / strides.min() < 1.05
+            for spacing in diffusion.SPACINGS.values():
+                timesteps = spacing(alphas_cumprod, steps)
+                assert timesteps[0] == 1000 and timesteps[-1] == 0 and len(timesteps) == steps + 1
+                assert all(a > b for a, b in zip(timesteps, timesteps[1:]))
+        for name, inner in ("log_snr", slice(2, 9)), ("trimmed", slice(1, -1)):
+            visited = diffusion.SPACINGS[name](alphas_cumprod, 12)[inner]
+            lambda_ = [math.log(a / s) for a, s in (diffusion.signal_and_noise(alphas_cumprod, t) for t in visited)]
+            assert np.diff(lambda_).max() / np.diff(lambda_).min() < 1.05
+        assert lambda_[-1] == pytest.approx(3.0, abs=0.05)
 
 
 def test_strides_in_log_snr_cost_fewer_steps():
@@ -206,8 +209,9 @@ def test_strides_in_log_snr_cost_fewer_steps():
     a, s = diffusion.signal_and_noise(alphas_cumprod, 1000)
     exact = 0.3 + 0.05 * (x - a * 0.3) / math.sqrt(a**2 * 0.05**2 + s**2)
     errors = []
-    for spacing in (diffusion.log_snr_timesteps, diffusion.uniform_timesteps):
-        *_, (_, x0) = diffusion.dpmpp(predict, x, spacing(alphas_cumprod, 16), alphas_cumprod, None)
+    for spacing in ("log_snr", "uniform"):
+        timesteps = diffusion.SPACINGS[spacing](alphas_cumprod, 16)
+        *_, (_, x0) = diffusion.dpmpp(predict, x, timesteps, alphas_cumprod, None)
         errors.append((x0 - exact).abs().max().item())
     assert errors[0] < 0.1 * 0.05 and errors[0] < 0.1 * errors[1]  # of the standard deviation; of the other's error
 
@@ -842,7 +846,7 @@ def test_settings_are_the_tables_changes_to_the_flags():
         assert rows == [{**studies.DEFAULTS, **change} for change in changes]
     assert [row["steps"] for row in studies.settings("steps", 10)] == [8, 10, 10, 10] * 3
     assert studies.as_text(studies.DEFAULTS) == dict(
-        sampler="dpmpp", steps="12", spacing="log_snr", guidance="2.5", interval="400 to 900", seed="0", weights="ema",
+        sampler="dpmpp", steps="8", spacing="trimmed", guidance="2.5", interval="400 to 900", seed="0", weights="ema",
         eta="0.0", per_class="100")
 
 
