@@ -14,6 +14,13 @@ names in capitals or not:
 The official parts, whichever are there, are pooled (of SVHN the extra digits too) and split 64/16/20 into train,
 val and test. Same files and same --seed give the same images, and with one version of Pillow the same bytes. A
 finished domain is left alone; one that was interrupted starts again.
+
+The committed networks saw the training parts of MNIST and USPS, BSDS500 and the first 8,000 of SVHN's test digits. For
+their split leave all else out of --source_dir, and cut SVHN's test_32x32.mat:
+
+    from scipy.io import loadmat, savemat
+    svhn = loadmat("test_32x32.mat")
+    savemat("DIR/test_32x32_first8000.mat", dict(X=svhn["X"][..., :8000], y=svhn["y"][:8000]))
 """
 
 import bz2

@@ -139,38 +139,39 @@ def list_images(folder):
     return [path.name for path in _images_among(folder, sorted(Path(folder).iterdir()))]
 
 
-def read_images(paths, size=28, on_error=None):
+def read_images(paths, size=28, on_error=None, lock=contextlib.nullcontext()):
     """Image files (Paths) as uint8 (len(paths), 3, size, size), values 0..255, in order.
 
     Other sizes are resized by antialiased bilinear interpolation. The first unreadable file raises its UserError; with
     `on_error`, a function (index, error), it is reported there after the last file and its image is black, unless none
-    can be read.
+    can be read. lock: a threading.Lock for files in an archive, which counts its readers without one.
     """
     def prepare(image):
         return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
 
-    return _read_all(paths, prepare, size, on_error)
+    return _read_all(paths, prepare, size, on_error, lock)
 
 
 def read_image_source(source, size, rows=None):
     """(images, names) of a folder, searched through, or of a zip file: uint8 (N, 3, size, size), N file names.
 
-    Sorted by path. Of each image the largest centred square, or the `rows` (top, bottom), which are stretched to a
-    square; resized by Lanczos' filter. 100,000 images of 64x64 take 1.2 GB. UserError when there are no images, one
-    cannot be read, or rows exceed one.
+    Sorted by path, without what lies in hidden folders. Of each image the largest centred square, or the `rows` (top,
+    bottom), which are stretched to a square; resized by Lanczos' filter. 100,000 images of 64x64 take 1.2 GB. UserError
+    when there are no images, one cannot be read, or rows exceed one.
     """
     source = Path(source)
     if source.is_dir():
-        files = sorted(source.rglob("*"))
+        files = {file.relative_to(source): file for file in sorted(source.rglob("*"))}
     elif source.is_file() and zipfile.is_zipfile(source):
         try:
             archive = zipfile.ZipFile(source)
         except zipfile.BadZipFile as error:
             raise UserError(f"the zip file {source} is damaged ({error}); fetch it again")
-        files = [zipfile.Path(archive, name) for name in sorted(archive.namelist())]
+        files = {Path(name): zipfile.Path(archive, name) for name in sorted(archive.namelist())}
     else:
         raise UserError(f"{source} is neither a folder nor a zip file; name one that holds images")
-    paths = _images_among(source, [file for file in files if not file.is_dir()])
+    paths = _images_among(source, [file for place, file in files.items() if not file.is_dir()
+                                   and not any(part.startswith(".") for part in place.parts)])
 
     def prepare(image):
         if rows is None:
@@ -180,11 +181,10 @@ def read_image_source(source, size, rows=None):
                             "for")
         return image.resize((size, size), Image.Resampling.LANCZOS, box=(0, rows[0], image.width, rows[1]))
 
-    # A lock, because archives count their readers without one.
-    return _read_all(paths, prepare, size, lock=threading.Lock()), [path.name for path in paths]
+    return _read_all(paths, prepare, size, None, threading.Lock()), [path.name for path in paths]
 
 
-def _read_all(paths, prepare, size, on_error=None, lock=contextlib.nullcontext()):
+def _read_all(paths, prepare, size, on_error, lock):
     """prepare(image), a PIL image of side `size`, for every file, in parallel: see read_images."""
     images = np.zeros((len(paths), 3, size, size), dtype=np.uint8)
 

@@ -125,6 +125,9 @@ def domain_folders(folder, domain=None):
         raise UserError(f"{folder} holds digits and {there[0]} as well; grade them apart, each in a folder of its own")
     if there and domain:
         raise UserError(f"{folder} holds {there[0].name}; leave --domain out, or name that folder")
+    for name in DOMAIN_NAMES:
+        if there and name not in folders and (Path(folder) / name).is_dir():
+            print(f"not graded: {Path(folder) / name}, for which there is no grader", file=sys.stderr)
     return folders if there else {domain or "mnistm": Path(folder)}
 
 

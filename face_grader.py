@@ -105,7 +105,8 @@ def nearest_distances(images, training, side=32):
     """Root mean square distance in grey levels of each of uint8 `images` to the nearest of `training` or its mirror
     image, (N,), at side x side."""
     images = torch.cat([images, images.flip(3)])
-    a, b = (F.avg_pool2d(batch.float(), SIZE // side).flatten(1) for batch in (images, training))
+    a, b = (torch.cat([F.avg_pool2d(batch.float(), SIZE // side).flatten(1) for batch in faces.split(1000)])
+            for faces in (images, training))
     distances = torch.cat([torch.cdist(batch, b).min(dim=1).values for batch in a.split(250)])
     return distances.view(2, -1).amin(dim=0) / a.shape[1] ** 0.5
 

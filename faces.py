@@ -140,9 +140,21 @@ def _number(name, source):
 
 # --- Pictures of many faces ---------------------------------------------------------------------
 
-def check_picture(path, longest=1):
-    """UserError unless the file `path` can be written and is named as a PNG, or as a JPEG that has room for as many
-    images as `longest` in a row or a column; makes its folder if need be."""
+def add_output_arguments(parser):
+    """The flags that say where faces go, for save_faces."""
+    parser.add_argument("output_dir", type=nonempty_path, nargs="?",
+                        help="folder for faces one by one; made if need be, other files in it stay")
+    parser.add_argument("--grid", type=nonempty_path, metavar="FILE", help="a picture, .png or .jpg, for all together")
+
+
+def check_outputs(args, longest):
+    """UserError unless the flags of add_output_arguments name a place, and as a picture one that can be written: a PNG,
+    or a JPEG that has room for as many images as `longest` in a row or a column; makes its folder if need be."""
+    path = args.grid
+    if not (args.output_dir or path):
+        raise UserError("nothing would be written; name a folder for faces one by one, or --grid FILE")
+    if path is None:
+        return
     if path.suffix.lower() not in (".png", *JPEG) and not is_stream(path):
         raise UserError(f"the picture {path} must end in .png or .jpg; name another file")
     if path.suffix.lower() in JPEG and longest * (SIZE + PADDING) + PADDING > JPEG_SIDE:

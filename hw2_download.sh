@@ -19,7 +19,8 @@ intact() { [ -f "$1" ] && [ "$(size "$1")" = "$2" ] && [ "$(sha256 "$1")" = "$3"
 
 if [ "${1:-}" = --update ]; then
     [ -w . ] || { echo "$PWD cannot be written to; --update is for a copy of yours" >&2; exit 2; }
-    with_address="$(awk -F, 'NR > 1 && $4 != "in the repository"' "$manifest")"
+    with_address=""
+    [ ! -f "$manifest" ] || with_address="$(awk -F, 'NR > 1 && $4 != "in the repository"' "$manifest")"
     {
         echo "path,bytes,sha256,address"
         [ -z "$with_address" ] || echo "$with_address"

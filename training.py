@@ -318,7 +318,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for weight in group["params"]:
-                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                if weight not in self.state:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+                momentum = self.state[weight]["momentum"]
                 momentum.lerp_(weight.grad, 1 - group["momentum"])
                 nesterov = weight.grad.lerp(momentum, group["momentum"])
                 matrix = nesterov.reshape(len(weight), -1)

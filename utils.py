@@ -8,6 +8,7 @@ import startup  # noqa: F401  what it sets has to be set before torch is importe
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import re
 import signal
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED")  # CUDA's word, or the CPU's
 
@@ -152,6 +152,7 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+@functools.cache
 def cpu_has_bfloat16():
     """Whether this CPU multiplies bfloat16 in hardware (Linux says so); elsewhere bfloat16 is slower than float32."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -202,8 +203,7 @@ def in_batches(function, items, batch_size):
             start += len(batch)
             continue
         batch_size = len(batch) // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # only here, where the error and the tensors that it held on to are gone
+        torch.cuda.empty_cache()  # only here, where the error and the tensors that it held on to are gone
         print(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
 
 
@@ -218,9 +218,9 @@ def require_finite(values, names):
 
 # --- Randomness ---------------------------------------------------------------------------------
 
-def image_generators(seed, indices):
-    """One CPU generator for each image, keyed by (seed, index): an image does not depend on its batch."""
-    return [np.random.default_rng([seed, int(index)]) for index in indices]
+def image_generators(seed, indices, stream=0):
+    """One CPU generator for each image, keyed by (seed, index, stream): an image does not depend on its batch."""
+    return [np.random.default_rng([seed, int(index), stream]) for index in indices]
 
 
 def randn(generators, shape, device="cpu"):

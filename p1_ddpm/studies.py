@@ -8,9 +8,9 @@
 Generates up to 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output, of several
 domains a line each; --output p1_ddpm/checkpoints/results.csv changes the record of README and report. Settings of the
 same checkpoint, graders and precision that are in that file already are not measured again, so an interrupted study
-goes on; those by other graders or in another precision give way. Prints the tables as Markdown: mean and standard
-deviation where settings differ in the seed alone. On 2 CPU cores with AVX-512 the table reference takes 40 minutes, the
-others together 40.
+goes on; those by other graders, in another precision or without some measure give way. Prints the tables as Markdown:
+mean and standard deviation where settings differ in the seed alone. On 2 CPU cores with AVX-512 the table reference
+takes 40 minutes, the others together 40.
 """
 
 import itertools

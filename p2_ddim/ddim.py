@@ -12,7 +12,7 @@ import math
 import torch
 
 from transforms import to_uint8
-from utils import beta_scheduler, randn
+from utils import beta_scheduler, image_generators, randn
 
 T = 1000
 
@@ -48,7 +48,7 @@ def ddim(model, noise, steps=50, eta=0.0, generators=None):
     """Goes from noise to images by equation (12) of the paper, and yields (t, x, x0) after each step.
 
     model(x, t) predicts the noise in x; noise is x_T, of shape (B, C, H, W). With eta > 0 `generators` holds one
-    generator for each image (utils.image_generators), so an image does not depend on its batch; eta = 1 is DDPM.
+    generator for each image (step_generators), so an image does not depend on its batch; eta = 1 is DDPM.
     Yielded are the timestep that the network saw, what the step led to, and the x0 that was predicted in it; the last
     x is the images, about [-1, 1]. ValueError for an eta or a number of steps out of range.
     """
@@ -74,6 +74,15 @@ def ddim(model, noise, steps=50, eta=0.0, generators=None):
         if eta > 0:
             x = x + sigma * randn(generators, x.shape[1:], x.device)
         yield t, x, x0
+
+
+def step_generators(seed, indices):
+    """The generators of the noise that eta > 0 adds, one for each image.
+
+    Their stream is not that of image_generators' default, for x_T may have been drawn from it, as p2_ddim/noise64 was:
+    x_T itself, added to x_T, is no fresh noise.
+    """
+    return image_generators(seed, indices, stream=1)
 
 
 def sample(model, noise, steps=50, eta=0.0, generators=None):

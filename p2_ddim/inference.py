@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, autocast, float_between, image_generators,
-                   in_batches, int_between, nonempty_path, pick_device, require_finite, run)
+from utils import (UserError, add_amp_argument, amp_dtype, argument_parser, autocast, float_between, in_batches,
+                   int_between, nonempty_path, pick_device, require_finite, run)
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dataset import some
 from files import load_torch, make_output_dir, save_png
-from p2_ddim.ddim import T, ddim, stretch, timesteps
+from p2_ddim.ddim import T, ddim, step_generators, stretch, timesteps
 from p2_ddim.model import load_model
 from UNet import STRIDE
 
@@ -124,7 +124,7 @@ def main():
         noise = torch.cat([load_noise(paths[i]) for i in batch]).to(device)
         bar.n = finished * calls  # counted anew when a batch that was too large is tried again
         with autocast(device, dtype):
-            for _, x, _ in ddim(model, noise, args.steps, args.eta, image_generators(args.seed, batch)):
+            for _, x, _ in ddim(model, noise, args.steps, args.eta, step_generators(args.seed, batch)):
                 bar.update(len(batch))
         return stretch(require_finite(x, [targets[i] for i in batch]))
 

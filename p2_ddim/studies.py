@@ -5,8 +5,7 @@ model is a UNet in evaluation mode, a noise is (1, 3, H, W) on the model's devic
 
 import torch
 
-from p2_ddim.ddim import lerp, noise_schedule, sample, slerp, stretch
-from utils import image_generators
+from p2_ddim.ddim import lerp, noise_schedule, sample, slerp, step_generators, stretch
 
 ALPHAS = [i / 10 for i in range(11)]
 ETAS = (0, 0.25, 0.5, 0.75, 1)
@@ -16,7 +15,7 @@ def eta_grid(model, noises, etas=ETAS, steps=50, seed=0):
     """(len(etas) * len(noises), 3, H, W): one row of faces per eta, one column per noise; torchvision's make_grid
     with nrow=len(noises) lays them out. A column's added noise is the same random numbers in every row."""
     x = torch.cat(list(noises))
-    return torch.cat([stretch(sample(model, x, steps, eta, image_generators(seed, range(len(x))))) for eta in etas])
+    return torch.cat([stretch(sample(model, x, steps, eta, step_generators(seed, range(len(x))))) for eta in etas])
 
 
 def interpolation_strip(model, x, y, path, alphas=ALPHAS, steps=50):

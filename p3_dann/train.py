@@ -13,7 +13,7 @@ All share network and optimiser, so that they can be compared: an epoch is 100 s
 images of each domain that the method sees. adamatch takes more and smaller steps than the others, 60 epochs of 64
 images, and no dropout. The target's labels are read by target_only alone: with dann and adamatch neither training nor
 the choice of the weights (the EMA at the end of a fixed budget) knows them. After the end, validation labels give the
-accuracy for the table. Minutes are those on 2 CPU cores with bfloat16.
+accuracy for the table. Minutes are those on 2 CPU cores, adamatch's on one, with bfloat16.
 
 Reads hw2_data/digits. Writes into --output_dir:
     last.pt         everything that --resume needs, every --save_every steps

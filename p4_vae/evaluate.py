@@ -25,8 +25,7 @@ from p4_vae.model import CHECKPOINT, load_model
 def evaluate(model, images, batch_size=250):
     """(MSE, KL in nats): means over uint8 images (N, 3, 64, 64)."""
     _, errors = reconstruct(model, images, batch_size=batch_size)
-    means, stds = encode_all(model, images, batch_size)
-    return errors.mean().item(), kl_divergence(means, 2 * stds.log()).mean().item()
+    return errors.mean().item(), kl_divergence(*encode_all(model, images, batch_size)).mean().item()
 
 
 def main():

@@ -22,7 +22,7 @@ from utils import (UserError, argument_parser, float_between, image_generators, 
 
 import torch
 
-from faces import check_picture, face_source, save_faces, test_faces
+from faces import add_output_arguments, check_outputs, face_source, save_faces, test_faces
 from files import make_output_dir
 from p4_vae.elbo import squared_errors
 from p4_vae.latents import sample_prior
@@ -81,9 +81,7 @@ USES = {"sampling": {"count", "prior", "seed"}, "--walk": set(),
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("output_dir", type=nonempty_path, nargs="?",
-                        help="folder for faces one by one; made if need be, other files in it stay")
-    parser.add_argument("--grid", type=nonempty_path, metavar="FILE", help="a picture, .png or .jpg, for all together")
+    add_output_arguments(parser)
     parser.add_argument("--count", type=int_between(1), help="faces; 32, or 10 with --reconstruct, when not given")
     parser.add_argument("--prior", choices=["normal", "fitted"], default="normal", help="what latents are sampled from")
     what = parser.add_mutually_exclusive_group()
@@ -137,10 +135,7 @@ def pictures(args, model, latents):
 
 def main():
     args = parse_args()
-    if not (args.output_dir or args.grid):
-        raise UserError("nothing would be written; name a folder for faces one by one, or --grid FILE")
-    if args.grid:
-        check_picture(args.grid, args.count if args.reconstruct else math.ceil(args.count / 8))
+    check_outputs(args, args.count if args.reconstruct else math.ceil(args.count / 8))
     model, latents = load_model(args.checkpoint, pick_device(args.device))
     if args.output_dir:
         make_output_dir(args.output_dir)

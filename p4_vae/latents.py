@@ -14,12 +14,11 @@ from utils import in_batches, randn
 
 @torch.no_grad()
 def encode_all(model, images, batch_size=500):
-    """(means, standard deviations) of q(z | x), each (N, L) on the CPU, for uint8 images (N, 3, 64, 64)."""
+    """(means, log variances) of q(z | x), each (N, L) on the CPU, for uint8 images (N, 3, 64, 64)."""
     device = next(model.parameters()).device
     parts = [part for _, part in in_batches(lambda batch: model.encode(batch.to(device).float() / 255), images,
                                             batch_size)]
-    means, log_variances = (torch.cat(part).cpu() for part in zip(*parts))
-    return means, (log_variances / 2).exp()
+    return tuple(torch.cat(part).cpu() for part in zip(*parts))
 
 
 def fit_mixture(z, components=10, seed=0):

@@ -73,10 +73,10 @@ def sample_grid(model, faces, device):
 
 def describe(model, faces, attributes, seed):
     """What a checkpoint holds about the latents of the training `faces`; see latents.py."""
-    means, stds = encode_all(model, faces.images)
+    means, log_variances = encode_all(model, faces.images)
     training.seed_all(seed)
     known = {} if attributes is None else dict(attributes=attribute_directions(means, faces.numbers, attributes))
-    return dict(mixture=fit_mixture(means + stds * torch.randn(means.shape), seed=seed), **known)
+    return dict(mixture=fit_mixture(means + (log_variances / 2).exp() * torch.randn(means.shape), seed=seed), **known)
 
 
 def main():

@@ -13,12 +13,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import (UserError, argument_parser, image_generators, in_batches, int_between, nonempty_path, pick_device,
+from utils import (argument_parser, image_generators, in_batches, int_between, nonempty_path, pick_device,
                    randn, require_finite, run)
 
 import torch
 
-from faces import check_picture, save_faces
+from faces import add_output_arguments, check_outputs, save_faces
 from files import make_output_dir
 from p5_gan.model import CHECKPOINT, load_model
 from transforms import to_uint8
@@ -41,9 +41,7 @@ def generate(model, numbers, seed, batch_size=250):
 
 def parse_args():
     parser = argument_parser(__doc__)
-    parser.add_argument("output_dir", type=nonempty_path, nargs="?",
-                        help="folder for faces one by one; made if need be, other files in it stay")
-    parser.add_argument("--grid", type=nonempty_path, metavar="FILE", help="a picture, .png or .jpg, for all together")
+    add_output_arguments(parser)
     parser.add_argument("--count", type=int_between(1), default=32, help="faces")
     parser.add_argument("--checkpoint", type=nonempty_path, default=CHECKPOINT, help="a training's model.pt or last.pt")
     parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the latents")
@@ -54,10 +52,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if not (args.output_dir or args.grid):
-        raise UserError("nothing would be written; name a folder for faces one by one, or --grid FILE")
-    if args.grid:
-        check_picture(args.grid, math.ceil(args.count / 8))
+    check_outputs(args, math.ceil(args.count / 8))
     model = load_model(args.checkpoint, pick_device(args.device))
     if args.output_dir:
         make_output_dir(args.output_dir)

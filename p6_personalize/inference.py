@@ -55,12 +55,17 @@ def parse_args():
     return args
 
 
-def check_tokens(requests, tokens, pipe, where):
-    """Says which prompts will not show what they ask for; UserError when a concept's own token has not been learnt."""
+def require_learnt(requests, tokens, where):
+    """UserError when a concept's own token is not among the learnt ones."""
     for request in requests:
         if request.token not in tokens:
             raise UserError(f"entry \"{request.key}\" of {where} asks for {request.token}, and --embeds brings "
                             f"{', '.join(tokens)}; train it with p6_personalize/train.py")
+
+
+def check_prompts(requests, tokens, pipe):
+    """Says which prompts will not show what they ask for."""
+    for request in requests:
         for prompt in request.prompts:
             if request.token not in prompt:
                 print(f"the prompt {prompt!r} does not name {request.token} and will not show it", file=sys.stderr)
@@ -119,11 +124,13 @@ def main():
     device = pick_device(args.device)
     dtype = amp_dtype(args.amp, device)
     requests = read_requests(args.input_json)
-    for path in args.embeds:  # before the checkpoint, which may take minutes
-        read_embeds(path)
+    tokens = [read_embeds(path)[0] for path in args.embeds]
+    require_learnt(requests, tokens, args.input_json)  # before the checkpoint, which may take minutes
     lock(make_output_dir(args.output_dir))
     pipe = load_pipeline(args.checkpoint, device, dtype)
-    check_tokens(requests, [add_embeds(pipe, path) for path in args.embeds], pipe, args.input_json)
+    for path in args.embeds:
+        add_embeds(pipe, path)
+    check_prompts(requests, tokens, pipe)
     open_folder(args.output_dir, json.dumps(settings_of(args, dtype, requests), indent=1), requests)
 
     wanted = {noise_number(place, number, n):

@@ -55,7 +55,7 @@ def parse_args():
     add("--validation_prompt", help="a prompt with the new word, to see what it has learnt at each saved step")
     add("--choose", type=nonempty_path, metavar="CLIP", help="a CLIP that chooses a step by image + 2.5 text")
     add("--guidance", type=float_between(1), help="of the samples; 1 is none, not given 7.5, with a tiny pipeline 2")
-    add("--gradient_checkpointing", action="store_true", help="compute twice to save memory: fits 512x512 into 11 GB")
+    add("--gradient_checkpointing", action="store_true", help="compute twice to save memory")
     add("--resume", action="store_true", help="go on from last.pt in --output_dir")
     add("--dry_run", action="store_true", help="train two steps, write nothing")
     add("--seed", type=int_between(0), default=0, help="seed of all random numbers")

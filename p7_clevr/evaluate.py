@@ -61,7 +61,7 @@ class Judge:
                  judge=CHECKPOINTS / "judge.pth"):
         self.evaluator, self.judge = Evaluator(evaluator, device), Evaluator(judge, device)
         held_out, _, _ = read_scenes(data_dir, "held_out")
-        real, _, self.sets = (part[:1500] for part in read_scenes(data_dir, "generator"))  # 500 scenes are enough
+        real, _, self.sets = read_scenes(data_dir, "generator", first=1500)  # 500 scenes are enough
         self.colors, self.background = colors(held_out), empty_background(held_out)
         self.held_out_features, self.real_features = (self.judge.features(as_input(images))
                                                       for images in (held_out, real))

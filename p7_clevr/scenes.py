@@ -14,14 +14,14 @@ import itertools
 import json
 import random
 import re
+import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from dataset import IMAGE_SUFFIXES, read_rgb, some
+from dataset import IMAGE_SUFFIXES, read_images, some
 from files import read_json
 from utils import UserError
 
@@ -92,11 +92,12 @@ def held_out_sets():
 
 # --- Images -------------------------------------------------------------------------------------
 
-def read_scenes(data_dir, part=None):
+def read_scenes(data_dir, part=None, first=None):
     """(images, conditions, sets) of the images that train.json names: uint8 (N, 3, 64, 64), float32 (N, 24), lists.
 
     data_dir: the folder that holds train.json and the images, or a zip file that holds both or lies beside it.
     part: one of PARTS, or None for all scenes; "generator" leaves out the images that show one of held_out_sets.
+    first: read so many of these alone; None is all.
     Images of another size are squeezed to 64x64, as the course's transforms.Resize((64, 64)) does.
     """
     table, files = _find(Path(data_dir))
@@ -104,6 +105,7 @@ def read_scenes(data_dir, part=None):
     if part == "generator":
         held_out = {frozenset(objects) for objects in held_out_sets()}
         names = [name for name in names if frozenset(table[name]) not in held_out]
+    names = names[:first]
     if not names:
         raise UserError(f"train.json in {data_dir} names no scene of the part {part}; take more scenes")
     missing = [name for name in names if name not in files]
@@ -111,11 +113,8 @@ def read_scenes(data_dir, part=None):
         raise UserError(f"{data_dir} lacks {len(missing)} of the {len(names)} images that its train.json names: "
                         f"{some(missing)}; add them")
     sets = [table[name] for name in names]
-    images = np.empty((len(names), SIZE, SIZE, 3), np.uint8)
-    for image, name in zip(images, names):
-        rgb = read_rgb(files[name])
-        image[:] = rgb.resize((SIZE, SIZE), Image.Resampling.BILINEAR)  # as it is where it has that size
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), multi_hot(sets), sets
+    images = read_images([files[name] for name in names], SIZE, lock=threading.Lock())  # archives read one by one
+    return images, multi_hot(sets), sets
 
 
 def scene_number(name):
@@ -141,7 +140,9 @@ def _find(data_dir):
             raise UserError(f"{archive} is neither a folder nor a whole zip file ({error}); name what holds images")
         files += [zipfile.Path(opened, name) for name in sorted(opened.namelist())]
     by_name = {path.name: path for path in files}
-    path = by_name.get("train.json", folder / "train.json")
+    path = data_dir / "train.json"
+    if not path.is_file():  # deeper, in a zip file, or beside it
+        path = by_name.get("train.json", folder / "train.json")
     table = read_json(path)
     if not isinstance(table, dict) or not table:
         raise UserError(f"{path} holds no table of images; it should look like "

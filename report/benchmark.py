@@ -9,10 +9,11 @@ The commands run as a user runs them, with what the user has exported: so the la
 threads should spin (300,000 rounds are its own default, startup.py sets fewer), and MALLOC_TRIM_THRESHOLD_=131072
 switches off what startup.py does about memory.
 
-Wrappers are timed from start to end, a training by its own record: its steps, without start and sample grid. The busy
-process is a Python that computes endlessly in one thread. Problem 2's network has the course's size and random weights,
-which cost what trained ones cost; it draws one face of 256x256 in 5 steps, while the assignment asks for ten faces in
-50. Problem 3 and the trainings get random images. Memory is the computer's, not the GPU's.
+Wrappers are timed from start to end, a training by its own record: its steps (and of problem 1 the loss on validation
+digits), without start and sample grid. The busy process is a Python that computes endlessly in one thread. Problem 2's
+network has the course's size and random weights, which cost what trained ones cost; it draws one face of 256x256 in 5
+steps, while the assignment asks for ten faces in 50. Problem 3 and the trainings get random images. Memory is the
+computer's, not the GPU's.
 """
 
 import contextlib

@@ -112,7 +112,7 @@ def digits_of_same_noise(model, alphas_cumprod, device, sampling=SHIPPED):
     noise = randn(image_generators(DEFAULTS["seed"], range(1, 11)), model.image_shape, device)
     x = noise.repeat(model.num_classes, 1, 1, 1)
     states = {len(alphas_cumprod) - 1: x}
-    generators = image_generators(DEFAULTS["seed"], range(len(x)))
+    generators = image_generators(DEFAULTS["seed"], range(len(x)), stream=1)  # what a sampler adds is not x_T again
     for t, x in sample(model, alphas_cumprod, labels, x, generators, sampling):
         states[t] = x
     states = {t: to_uint8((x + 1) / 2).cpu() for t, x in states.items()}

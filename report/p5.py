@@ -10,7 +10,7 @@ import torch
 
 from faces import save_grid
 from files import load_checkpoint, read_jsonl
-from p2_ddim.ddim import sample, stretch
+from p2_ddim.ddim import sample, step_generators, stretch
 from p2_ddim.inference import find_noises, load_noise
 from p2_ddim.model import load_model as load_unet
 from p4_vae.inference import generate as generate_vae
@@ -20,7 +20,6 @@ from p5_gan.model import Discriminator, load_model
 from p5_gan.studies import RECIPES
 from report.layers import draw_chains, trace
 from report.records import require_records
-from utils import image_generators
 
 NOISES = Path(__file__).resolve().parents[1] / "p2_ddim/noise64"
 
@@ -57,7 +56,7 @@ def side_by_side(path, chapters, device, gan_faces, quick):
     vae, latents = load_vae(chapters / "p4_vae/checkpoints/vae.pt", device)
     unet = load_unet(chapters / "p2_ddim/checkpoints/face64.pt", device)
     noises = torch.cat([load_noise(path) for path in find_noises(NOISES)[:8]]).to(device)
-    ddim, ddpm = (stretch(sample(unet, noises, 2 if quick else 50, eta, image_generators(0, range(8)))).cpu()
+    ddim, ddpm = (stretch(sample(unet, noises, 2 if quick else 50, eta, step_generators(0, range(8)))).cpu()
                   for eta in (0.0, 1.0))
     rows = {"VAE, N(0, I)": generate_vae(vae, range(8), 0), "VAE, fitted": generate_vae(vae, range(8), 0,
                                                                                        latents["mixture"]),

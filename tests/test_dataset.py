@@ -190,7 +190,8 @@ def test_a_folder_and_a_zip_are_image_sources(tmp_path, capsys):
     (folder / "sub").mkdir(parents=True)
     for name, colour in zip(("2.png", "sub/1.png", "10.PNG"), colours):
         Image.fromarray(colour).save(folder / name)
-    for name in ("list.txt", "sub/._1.png"):
+    (folder / ".thumbnails").mkdir()
+    for name in ("list.txt", "sub/._1.png", ".thumbnails/1.png"):
         (folder / name).touch()
     shutil.make_archive(str(folder), "zip", folder)
     for source in (folder, tmp_path / "faces.zip"):

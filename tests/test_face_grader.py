@@ -3,6 +3,7 @@ packages are not installed are left out."""
 
 import importlib.util
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -136,6 +137,32 @@ def test_real_faces_stand_beside_generated_ones(data, stand_ins, monkeypatch, ca
         monkeypatch.setattr(face_grader, "inception_distance", lambda images, reference: distance)
         face_grader.main()
         assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_fid_comes_from_pytorch_fid_or_a_sentence_says_why_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    images, reference = random_images(4, seed=1), random_images(5, seed=2)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert face_grader.inception_distance(images, reference).startswith("not computed: pytorch-fid is not installed")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    said = face_grader.inception_distance(images, reference)
+    assert said.startswith("not computed: the Inception weights") and str(tmp_path) in said
+
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/pt_inception-2015-12-05-6726825d.pth").touch()
+
+    class Inception(torch.nn.Module):
+        def forward(self, x):
+            assert 0 <= x.min() and x.max() <= 1
+            return [x.mean(dim=(2, 3), keepdim=True)]
+    fid = types.ModuleType("pytorch_fid.fid_score")
+    fid.calculate_frechet_distance = lambda mean, covariance, other, other_covariance: (mean - other).sum()
+    inception = types.ModuleType("pytorch_fid.inception")
+    inception.InceptionV3 = Inception
+    for module in (types.ModuleType("pytorch_fid"), fid, inception):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    expected = (images.float().mean(dim=(0, 2, 3)) - reference.float().mean(dim=(0, 2, 3))).sum() / 255
+    assert face_grader.inception_distance(images, reference) == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_faces_of_one_kind_alone_are_refused(data, stand_ins):

@@ -89,8 +89,11 @@ def test_grades_two_domains_as_in_2024(tmp_path, weights, always_3, capsys, monk
     torch.save({"state_dict": {**weights, "fc3.bias": bias}}, tmp_path / "always_8.pth")
     monkeypatch.setattr(digit_classifier, "CHECKPOINTS", dict(mnistm=always_3, svhn=tmp_path / "always_8.pth"))
     (out / "svhn/3_001.png").unlink()
+    (out / "usps").mkdir()
     grade("--folder", out)  # a judge for each
-    assert capsys.readouterr().out.splitlines()[1:] == ["SVHN acc = 1.0000 (correct/total = 1/1)", "acc = 0.7500"]
+    stdout, stderr = capsys.readouterr()
+    assert stdout.splitlines()[1:] == ["SVHN acc = 1.0000 (correct/total = 1/1)", "acc = 0.7500"]
+    assert f"not graded: {out / 'usps'}," in stderr
     for more, rate in (([], 0.0), (["--domain", "svhn"], 1.0)):  # one folder does not tell its domain
         grade("--folder", out / "svhn", *more)
         assert capsys.readouterr().out.startswith(f"acc = {rate} ")

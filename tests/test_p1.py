@@ -886,6 +886,7 @@ def test_the_committed_results_are_those_of_the_committed_checkpoints():
             wanted = [list(studies.as_text(setting).values()) for setting in studies.settings(table, 1000)]
             assert sorted(found) == sorted(wanted), table
     files = (*digit_classifier.CHECKPOINTS.values(), digit_classifier.PANEL)
-    described = rows[rows.table != "reference"]  # 40 minutes of the first graders'
+    described = rows[rows.table != "reference"]  # which takes 40 minutes; its graders are earlier ones
     assert set(described.graders) == {" ".join(map(digest_of, files))}
-    assert set(described.precision) == {"float32", "bfloat16"}
+    assert {table: set(precision) for table, precision in described.groupby("table").precision} == {
+        table: {"bfloat16" if table in ("candidates", "seeds") else "float32"} for table in set(described.table)}

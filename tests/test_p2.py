@@ -164,6 +164,15 @@ def test_sampler_tells_the_network_raw_timesteps_and_the_caller_every_state():
     assert torch.is_grad_enabled()  # outside of a step
 
 
+def test_added_noise_is_not_the_noise_that_an_image_began_with():
+    indices, shape = range(2), (3, 64, 64)
+    added = randn(ddim.step_generators(0, indices), shape)
+    began = [randn(image_generators(0, indices), shape),
+             torch.cat([inference.load_noise(ROOT / f"p2_ddim/noise64/{i:02d}.pt") for i in indices])]
+    for x in began:
+        assert ((x * added).mean(dim=(1, 2, 3)).abs() < 6 / x[0].numel() ** 0.5).all()  # six sigma of independent ones
+
+
 def test_added_noise_belongs_to_the_image_and_not_to_the_batch():
     noise = normal(3, 3, 4, 4)
     together = sample(tanh_model, noise, 10, 1.0, image_generators(0, [0, 1, 2]))
@@ -426,7 +435,7 @@ def test_flags_set_an_image_but_batch_size_and_interruption_do_not(tmp_path, noi
     model = load_model(unet_pt)
     for i, path in enumerate(inference.find_noises(noises)):
         for seed, same in ((4, True), (5, False)):
-            expected = face(model, inference.load_noise(path), 3, 1.0, image_generators(seed, [i]))
+            expected = face(model, inference.load_noise(path), 3, 1.0, ddim.step_generators(seed, [i]))
             assert equal(four[f"{path.stem}.png"], expected) == same
 
     kept = tmp_path / "three/z.png"

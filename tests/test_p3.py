@@ -602,6 +602,21 @@ def test_mistakes_in_training_are_told(tmp_path, data_dir, tiny_network):
         load_model(tmp_path / "out" / "last.pt")
 
 
+def test_class_distributions_follow_all_processes(tmp_path, torchrun):
+    (tmp_path / "follow.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import utils, torch
+from p3_dann.methods import follow
+torch.distributed.init_process_group("gloo")
+running = torch.tensor([0.0, 1.0])
+follow(running, torch.tensor([[[0.75, 0.25]], [[0.25, 0.75]]][torch.distributed.get_rank()]), decay=0.5)
+sys.stdout.write(f"running {{running.tolist()}}\\n")
+""")
+    done = torchrun(tmp_path / "follow.py")
+    assert done.stdout.count("running [0.25, 0.75]\n") == 2, done.stderr
+
+
 def test_dry_run_of_two_processes_writes_nothing(tmp_path, data_dir, torchrun):
     result = torchrun("p3_dann/train.py", "--dry_run", "--device", "cpu", "--data_dir", data_dir, "--output_dir",
                       tmp_path / "out")

@@ -323,7 +323,7 @@ def test_the_study_keeps_rows_of_other_betas_and_tells_mistakes_before_it_trains
         return subprocess.CompletedProcess(command, 0)
 
     def judge(images):
-        return dict(face_rate=0.5, kid=0.1), {}
+        return dict(face_rate=0.5, kid=images.float().mean().item() / 255), {}
     judge.validation = faces.test_faces([face_source(str(data))])
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(studies, "Judge", lambda sources, identity: judge)
@@ -333,6 +333,12 @@ def test_the_study_keeps_rows_of_other_betas_and_tells_mistakes_before_it_trains
     call(studies, *flags, "--betas", "auto", "1e-7", "--figures", tmp_path / "figures")
     table = pd.read_csv(tmp_path / "results.csv", dtype=dict(beta=str))
     assert table.beta.tolist() == ["1e-5"] * 2 + ["auto"] * 2 + ["1e-7"] * 2
+    model, latents = load_model(trained / "model.pt")
+    mse, kl = evaluate.evaluate(model, judge.validation.images)
+    for (_, row), mixture in zip(table[:2].iterrows(), (None, latents["mixture"])):
+        mean = inference.generate(model, range(3), 0, mixture).float().mean().item() / 255
+        assert row.prior == ("fitted" if mixture else "normal")
+        assert row[["mse", "kid", "kl"]].tolist() == [round(mse, 4), round(mean, 5), round(kl, 1)]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"curves.svg", "tsne.svg"}
     assert "not Male" in (tmp_path / "figures/tsne.svg").read_text()
     (tmp_path / "few.txt").write_text("1\nSmiling Male\n008001.jpg 1 1\n")
@@ -401,7 +407,10 @@ def test_evaluation_prints_the_error_of_validation_faces(data, trained, capsys):
     assert end.value.code == 0
     model, _ = load_model(trained / "model.pt")
     _, errors = inference.reconstruct(model, faces.test_faces([face_source(str(data))]).images)
-    assert len(errors) == 4 and f"mse = {errors.mean():.4f} (4 faces; KL " in capsys.readouterr().out
+    with torch.no_grad():
+        kl = kl_divergence(*model.encode(faces.test_faces([face_source(str(data))]).images.float() / 255)).mean()
+    assert len(errors) == 4
+    assert capsys.readouterr().out == f"mse = {errors.mean():.4f} (4 faces; KL {kl:.1f} nats)\n"
     with pytest.raises(SystemExit) as end:
         call(evaluate, data, "--checkpoint", trained / "model.pt", "--baseline", "1e-9")
     assert end.value.code == 1

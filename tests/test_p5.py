@@ -285,7 +285,10 @@ def test_the_study_trains_each_recipe_with_its_flags_and_keeps_other_rows(data, 
     call(studies, *flags, "--recipes", "public", "hinge")
     call(studies, *flags)
     assert "\n| mine |  | 7 |" in capsys.readouterr().out
-    assert pd.read_csv(tmp_path / "out/results.csv").recipe.tolist() == ["mine", *studies.RECIPES]
+    table = pd.read_csv(tmp_path / "out/results.csv")
+    assert table.recipe.tolist() == ["mine", *studies.RECIPES]
+    seconds = round(sum(row["seconds"] for row in read_jsonl(trained / "metrics.jsonl")))
+    assert table.iloc[1][["count", "seconds", "steps", "images"]].tolist() == [2, seconds, 4, 4 * 8]
     resumed = [command[:-1] for command in commands[2:] if command[-1] == "--resume"]
     assert resumed == commands[:2]  # with the same flags, or train.py would refuse
 

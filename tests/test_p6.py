@@ -1,6 +1,7 @@
 """Personalisation: the whole path on a pipeline of a few thousand weights, and what can be wrong with its input."""
 
 import errno
+import gzip
 import json
 import math
 import os
@@ -157,6 +158,18 @@ def test_the_cut_vocabulary_merges_as_clips_does():
     assert len(cut) < 1000 and cut.decode(cut("Xylophone, 7!").input_ids[1:-1]).replace(" ", "") == "xylophone,7!"
     ranks = {pair: i for i, pair in enumerate([("a", "b</w>"), ("c", "ab</w>"), ("x", "y")])}
     assert tokenizer.merges_of("cab", ranks) == [("a", "b</w>"), ("c", "ab</w>")]
+
+
+def test_the_tiny_tokenizer_is_cut_from_clips(tmp_path):
+    lines = (model.SD_V1 / "tokenizer/merges.txt").read_text("utf-8").splitlines()[1:]
+    packed = gzip.compress("\n".join(["version", *lines, *["not one"] * 9]).encode())
+    (tmp_path / "bpe.txt.gz").write_bytes(packed)
+    merges = tokenizer.read_merges(tmp_path / "bpe.txt.gz")
+    assert merges == [tuple(line.split()) for line in lines]
+    tokenizer.write_tokenizer(tmp_path / "tiny", tokenizer.cut(merges), tokenizer.LENGTH)
+    for path in WORDS.iterdir():
+        written = (tmp_path / "tiny" / path.name).read_bytes()
+        assert written == path.read_bytes(), path.name
 
 
 # --- Textual inversion --------------------------------------------------------------------------
@@ -429,7 +442,7 @@ def test_prompts_that_will_not_show_their_concept_are_said(learnt, pipeline, cap
     good, stranger = "a <new1>", "a <new1> in the style of <new2>"
     full = "red " * 45 + "<new1>"  # with two marks 48 words, which fit, but <new1> is two tokens
     request = prompts.Request("0", token, [good, stranger, full.removeprefix("red "), full], [], [])
-    inference.check_tokens([request], [token], pipe, "input.json")
+    inference.check_prompts([request], [token], pipe)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and "names <new2>, which" in said[0] and said[1].endswith("is too long and will be cut off")
 
@@ -468,7 +481,7 @@ def test_embeddings_that_do_not_fit_are_named(pipeline, learnt, tmp_path):
     assert (ids >= len(pipe.tokenizer) - 3).sum() == 3  # two of <new1> and one of <new2>, known last
     requests = [prompts.Request("0", "<new3>", ["a <new3>"], [], [])]
     with pytest.raises(UserError, match="asks for <new3>, and --embeds brings <new1>, <new2>"):
-        inference.check_tokens(requests, ["<new1>", "<new2>"], pipe, "input.json")
+        inference.require_learnt(requests, ["<new1>", "<new2>"], "input.json")
 
 
 def test_the_score_is_the_courses():
@@ -822,7 +835,7 @@ def test_the_shipped_pipeline_draws_what_the_shipped_clip_recognises():
     names = [tiny_evaluate.OBJECTS[i] for i in tiny_evaluate.answers(clip, images, [prompts.PROMPT])]
     assert names == ["red cube", scenes.UNSEEN_OBJECT, "blue cube"]
     red, _, blue = images.float().mean(dim=(2, 3)).unbind(1)
-    assert (red - blue > 10).tolist() == [False, False, True]  # sepia
+    assert (red - blue > 10).tolist() == [False, False, True]  # in a warm look
 
 
 def test_a_picture_counts_by_what_the_judge_sees(monkeypatch):
@@ -835,6 +848,13 @@ def test_a_picture_counts_by_what_the_judge_sees(monkeypatch):
         {name[(int(image[0, 0, 0]) + i) % 24] for i in range(count)} for image in images], pictures, 1, 1)
     asked = [[name[0], name[1]], [name[3], name[5]], [name[7], name[8]], [name[0], name[23]]]
     assert studio.shown([""] * 4, asked) == dict(objects=62.5, all_objects=50.0, images=4)
+
+
+def test_the_evaluator_names_the_likeliest_objects():
+    judge = tiny_evaluate.EvaluatorJudge.__new__(tiny_evaluate.EvaluatorJudge)
+    judge.evaluator = types.SimpleNamespace(scores=lambda x: 2 * torch.eye(24)[[3]] + torch.eye(24)[[8]])
+    picture, names = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), tiny_evaluate.OBJECTS
+    assert judge(picture, 2) == [{names[3], names[8]}] and judge(picture, 1) == [{names[3]}]
 
 
 def test_the_look_that_an_image_is_in_is_undone_before_it_is_judged(monkeypatch):
@@ -852,6 +872,19 @@ def test_the_look_that_an_image_is_in_is_undone_before_it_is_judged(monkeypatch)
 
 
 # --- The report ---------------------------------------------------------------------------------
+
+def test_the_concepts_are_different_images_and_the_scorers_real_ones_show_the_prompts():
+    images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 3, 2, 2)
+    assert torch.equal(torch.stack(concepts.different([images[0], images[0], images[2], images[1]], 2)), images[[0, 2]])
+    with pytest.raises(UserError, match="only 3 different images"):
+        concepts.different([*images, *images])
+    learnt = {"<new1>": scenes.UNSEEN_OBJECT, "<new2>": scenes.UNSEEN_LOOK}
+    for key, request in concepts.REQUESTS.items():
+        for prompt, (objects, look) in zip(request["prompt"], concepts.SHOWN[key], strict=True):
+            for token, name in learnt.items():
+                prompt = prompt.replace(token, name)
+            assert prompt == scenes.caption(objects, look)
+
 
 def test_the_baselines_are_a_tenth_below_what_real_images_score():
     rows = pd.read_csv(ROOT / "p6_personalize/checkpoints/results.csv").query("table == 'baselines'").set_index("row")

@@ -96,6 +96,7 @@ def test_held_out_sets_are_100_new_triples_and_always_the_same():
 
 
 def test_parts_share_no_scene_and_the_generator_sees_no_held_out_set(scenes_dir, monkeypatch):
+    assert sorted(number for part in scenes.PARTS.values() for number in part) == list(range(20))
     table = json.loads((scenes_dir / "train.json").read_text())
     hidden = table["CLEVR_train_000001_2.png"]
     monkeypatch.setattr(scenes, "held_out_sets", lambda: [hidden[::-1]])
@@ -125,6 +126,8 @@ def test_pictures_are_read_alike_from_folders_and_zip_files_and_squeezed(scenes_
     for source in ("beside", "beside/iclevr.zip", "inside", "inside/all.zip"):
         images, _, sets = scenes.read_scenes(tmp_path / source, "held_out")
         assert torch.equal(images, expected[:3]) and sets == list(table.values())
+    (tmp_path / "inside/train.json").write_text(json.dumps({names[1]: table[names[1]]}))  # goes before the archive's
+    assert torch.equal(scenes.read_scenes(tmp_path / "inside", "held_out")[0], expected[1:2])
 
     (tmp_path / "large").mkdir()  # as the course's: 320x240, RGBA
     (tmp_path / "large/train.json").write_text(json.dumps({names[0]: table[names[0]]}))
