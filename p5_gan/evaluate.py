@@ -2,7 +2,7 @@
 
     python3 p5_gan/evaluate.py --data_dir first9000.zip squashed.zip:6-58
     python3 p5_gan/evaluate.py --data_dir ... --checkpoint p5_gan/output/model.pt
-    python3 p5_gan/evaluate.py --data_dir ... --others vae_normal vae_fitted ddim ddpm --output faces.csv
+    python3 p5_gan/evaluate.py --data_dir ... --others vae_normal vae_fitted ddpm --output faces.csv
 
 --others judges the faces in these folders as well. --output records each set as soon as it is judged: a row for the
 generator ("gan"), one for each folder by its name, and one for as many real faces; rows of other names stay.

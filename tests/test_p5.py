@@ -397,7 +397,7 @@ def test_the_committed_results_are_those_of_the_committed_checkpoint():
     for name, key, shipped in ("results.csv", "recipe", "ours"), ("faces.csv", "name", "gan"):
         rows = pd.read_csv(folder / name, dtype=dict(checkpoint=str)).set_index(key)
         assert rows.checkpoint[shipped] == digest_of(folder / "gan.pt")
-    assert set(rows.index) == {"gan", "vae_normal", "vae_fitted", "ddim", "ddpm", "real"}
+    assert set(rows.index) == {"gan", "vae_normal", "vae_fitted", "ddpm", "real"}
 
 
 def test_the_committed_checkpoint_draws_a_face():
