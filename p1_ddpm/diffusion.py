@@ -163,7 +163,8 @@ def log_snr_timesteps(alphas_cumprod, steps, low=-math.inf, high=math.inf):
     return timesteps + [0]
 
 
-# `trimmed` leaves out nearly pure noise and nearly finished images, whose steps serve better elsewhere.
+# `trimmed` leaves out nearly pure noise and nearly finished images, whose steps serve better elsewhere; its limits are
+# from the report's appendix.
 SPACINGS = {"log_snr": log_snr_timesteps, "trimmed": functools.partial(log_snr_timesteps, low=-4.2, high=3.0),
             "uniform": uniform_timesteps}
 
