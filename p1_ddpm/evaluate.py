@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from dataset import DOMAIN_NAMES, load_split
-from digit_classifier import (CHECKPOINTS, classify, course_line, domain_folders, frechet_distance, load_classifier,
-                              load_panel, read_generated)
+from digit_classifier import (CHECKPOINTS, PANEL, classify, course_line, domain_folders, frechet_distance,
+                              load_classifier, load_panel, read_generated)
 
 
 def rms_distances(a, b):
@@ -60,11 +60,11 @@ class Judge:
     `panel` are MNIST-M's graders; elsewhere the classifier is a panel of one.
     """
 
-    def __init__(self, data_dir, domain="mnistm", classifier=None):
+    def __init__(self, data_dir, domain="mnistm", classifier=None, panel=PANEL):
         if not classifier and domain not in CHECKPOINTS:
             raise UserError(f"there is no grader of {DOMAIN_NAMES[domain]}, only of {' and '.join(CHECKPOINTS)}")
         self.classifier = load_classifier(classifier or CHECKPOINTS[domain])
-        self.panel = load_panel() if domain == "mnistm" else [self.classifier]
+        self.panel = load_panel(panel) if domain == "mnistm" else [self.classifier]
         self.train_images, self.train_labels, _ = load_split(data_dir, domain, "train")
         self.val_images, self.val_labels, _ = load_split(data_dir, domain, "val")
         if min(len(self.train_images), len(self.val_images)) < 2:
@@ -144,6 +144,7 @@ def main():
     parser.add_argument("--data_dir", type=nonempty_path, default=ROOT / "hw2_data", help="the data set's folder")
     parser.add_argument("--checkpoint", type=nonempty_path,
                         help="the classifier's weights; else those of each domain that digit_classifier.py takes")
+    parser.add_argument("--panel_checkpoint", type=nonempty_path, default=PANEL, help="the weights of MNIST-M's panel")
     parser.add_argument("--domain", choices=CHECKPOINTS, help="whose digits these are; if not given, mnistm's")
     args = parser.parse_args()
     folders = domain_folders(args.folder, args.domain)
@@ -152,7 +153,7 @@ def main():
         if labels.bincount().max() < 2:
             raise UserError(f"{folders[domain]} must hold several images of a digit, named such as 7_001.png and "
                             "7_002.png")
-    judges = {domain: Judge(args.data_dir, domain, args.checkpoint) for domain in generated}
+    judges = {domain: Judge(args.data_dir, domain, args.checkpoint, args.panel_checkpoint) for domain in generated}
     for domain, (images, labels) in generated.items():
         title = f"{DOMAIN_NAMES[domain]}\n" if len(folders) > 1 else ""
         print(title + report(judges[domain](images, labels)))

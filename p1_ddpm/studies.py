@@ -4,13 +4,14 @@
     python3 p1_ddpm/studies.py --tables guidance     # one of them
     python3 p1_ddpm/studies.py --tables ema --checkpoint p1_ddpm/output/last.pt   # of a training: does the EMA pay?
     python3 p1_ddpm/studies.py --tables domains --checkpoint p1_ddpm/checkpoints/mnistm_svhn.pt   # of two domains
+    python3 p1_ddpm/studies.py --tables trainings --checkpoint p1_ddpm/output/model.pt   # is a training a better one?
 
 Generates up to 1,000 digits with each setting, judges them as evaluate.py does, and adds a line to --output, of several
 domains a line each; --output p1_ddpm/checkpoints/results.csv changes the record of README and report. Settings of the
 same checkpoint, graders and precision that are in that file already are not measured again, so an interrupted study
-goes on; those by other graders, in another precision or without some measure give way. Prints the tables as Markdown:
+goes on; of one precision those by other graders or without some measure give way. Prints the tables as Markdown:
 mean and standard deviation where settings differ in the seed alone. On 2 CPU cores with AVX-512 the table reference
-takes 40 minutes, the others together 40.
+takes 40 minutes in float32, the others together 40 in bfloat16.
 """
 
 import itertools
@@ -60,12 +61,16 @@ TABLES = {
     "steps": [dict(DDIM, sampler=s, steps=n) for s in ("dpmpp", "ddim", "ddpm") for n in (8, 12, 20, 32)],
     "spacing": [dict(DDIM, spacing=s, steps=n) for s in SPACINGS for n in (8, 20)],
     "reference": [dict(DDIM, sampler="ddpm", steps=1000)],  # all steps, where there are fewer
-    "domains": [dict(row, per_class=25) for row in candidates(  # two domains, one network
-        (11,), "log_snr", ("dpmpp", 12, 1.5, 400, 900), ("dpmpp", 12, 2.5, 400, 900), ("dpmpp", 12, 4.0, 400, 900),
-        ("dpmpp", 12, 2.5, 200, 950), ("ddim", 12, 2.0, 200, 1000), ("ddim", 16, 2.0, 300, 950),
-        ("ddim", 20, 2.0, 200, 1000), ("ddim", 20, 3.0, 200, 1000), ("ddim", 24, 3.5, 600, 900))],
+    "domains": [dict(row, per_class=25) for row in (  # two domains, one network
+        *candidates((11, 12, 13), "trimmed", *[("dpmpp", 6, guidance, 200, 1000) for guidance in (1.5, 2.0, 2.5)],
+                    ("dpmpp", 7, 2.0, 300, 950), ("dpmpp", 7, 3.0, 300, 950), ("dpmpp", 8, 2.5, 400, 900),
+                    ("dpmpp", 8, 4.0, 400, 900), ("ddim", 8, 2.5, 400, 900)),
+        *candidates((11, 12, 13), "log_snr", ("dpmpp", 12, 1.5, 400, 900), ("ddim", 12, 2.0, 200, 1000)))],
     "ema": [dict(DDIM, weights=w) for w in ("ema", "model")],
+    "trainings": [*[dict(DDIM, sampler=sampler, guidance=0.0, seed=s, per_class=50) for sampler in ("ddim", "ddpm")
+                    for s in (11, 12)], *[dict(seed=s) for s in (11, 12, 13)]],
 }
+OF_OTHERS = ("domains", "ema", "trainings")  # the tables that are not about the committed checkpoint alone
 DEFAULTS = dict(SHIPPED._asdict(), seed=0, weights="ema", per_class=100)
 FLAGS = ["sampler", "steps", "spacing", "guidance", "interval", "seed", "weights", "eta", "per_class"]
 GROUPED_BY = ["domain", *FLAGS]  # what tells the settings in a table apart
@@ -76,7 +81,7 @@ MEASURES = {"accuracy": 2, "worst_digit": 2, "panel": 2, "panel_least": 2, "frec
 def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("--tables", nargs="+", choices=TABLES,
-                        default=[name for name in TABLES if name not in ("domains", "ema")],
+                        default=[name for name in TABLES if name not in OF_OTHERS],
                         help="which tables to make; domains needs a network of several, ema a last.pt")
     parser.add_argument("--output", type=nonempty_path, default=ROOT / "p1_ddpm/output/results.csv",
                         help="the file of results")
@@ -177,13 +182,14 @@ def main():
             if not measured:
                 model, alphas_cumprod = load_model(args.checkpoint, device, setting["weights"])
                 measured = measure(model, alphas_cumprod, judges, setting, device, args.batch_size, dtype)
-            place = dict(table=name, checkpoint=about["checkpoint"], **as_text(setting))
+            place = dict(table=name, checkpoint=about["checkpoint"], precision=about["precision"], **as_text(setting))
             rows = [old for old in rows if any(old.get(key) != value for key, value in place.items())]
             for domain, measures in measured.items():
                 rows.append(dict(table=name, domain=domain, **row, **measures))
                 print(rows[-1], flush=True)
             write_atomic(args.output, pd.DataFrame(rows).to_csv(index=False).encode())
-        made = pd.DataFrame(rows).query("table == @name and checkpoint == @about['checkpoint']")
+        made = pd.DataFrame(rows).query("table == @name and checkpoint == @about['checkpoint'] "
+                                        "and precision == @about['precision']")
         print(f"\n{name}\n\n{markdown(made.astype(dict.fromkeys(MEASURES, float)))}\n", flush=True)
 
 

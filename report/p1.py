@@ -17,7 +17,7 @@ from p1_ddpm.diffusion import SPACINGS
 from p1_ddpm.evaluate import Judge, same_class_draw, summary
 from p1_ddpm.inference import SHIPPED, digits, generate, sample
 from p1_ddpm.model import Attention, ResidualBlock, load_model
-from p1_ddpm.studies import DEFAULTS, FLAGS, TABLES, as_text, means, settings
+from p1_ddpm.studies import DEFAULTS, FLAGS, OF_OTHERS, TABLES, as_text, means, settings
 from report.records import require_records
 from transforms import to_uint8
 
@@ -197,12 +197,12 @@ def passes(row, alphas_cumprod):
 
 def read_results(path, checkpoint, timesteps):
     """The rows of results.csv that the report shows: those of `checkpoint`, which has so many timesteps, with the
-    settings of TABLES, and those of table ema, which are about a training.
+    settings of TABLES, and those of the tables ema and trainings, which are about other networks.
 
     UserError when a row is missing; that of table reference, which takes as long as the others together, may be.
     """
     results = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
-    wanted = pd.DataFrame([dict(table=table, **as_text(setting)) for table in TABLES if table not in ("domains", "ema")
+    wanted = pd.DataFrame([dict(table=table, **as_text(setting)) for table in TABLES if table not in OF_OTHERS
                            for setting in settings(table, timesteps)])
     own = results[results.checkpoint == digest_of(checkpoint)].drop_duplicates(["table", *FLAGS], keep="last")
     rows = wanted.merge(own, how="left")
@@ -210,7 +210,23 @@ def read_results(path, checkpoint, timesteps):
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))} for {checkpoint}; run p1_ddpm/studies.py "
                         f"--output {path}")
-    return pd.concat([rows.dropna(subset="accuracy"), results[results.table == "ema"]])
+    return pd.concat([rows.dropna(subset="accuracy"), results[results.table.isin(["ema", "trainings"])]])
+
+
+def trainings(rows):
+    """The rows of table trainings as a list of dicts, one for each checkpoint: how well the grader recognises digits
+    without guidance, by DDIM and by Algorithm 2, and the means of the shipped sampling."""
+    found = []
+    for checkpoint, own in rows.groupby("checkpoint", sort=False):
+        made = means(own).set_index(["sampler", "guidance"])
+        row = dict(checkpoint=checkpoint, epochs=int(own.epochs.iloc[0]))
+        for name in "ddim", "ddpm":
+            row[name], row[f"{name}_std"] = made.loc[(name, "0.0"), ["accuracy", "accuracy_std"]]
+        for name in "panel", "panel_least", "frechet_ratio", "diversity":
+            columns = [name, f"{name}_std"]
+            row |= made.loc[(SHIPPED.sampler, str(SHIPPED.guidance)), columns].to_dict()
+        found.append(row)
+    return found
 
 
 def as_records(rows):
@@ -290,4 +306,5 @@ def build(folder, checkpoints, data_dir, device, quick):
         quality=dict(measures, damaged=damaged(judge, labels, measures["frechet_floor"])), results=as_records(rows),
         candidates=[dict(row, passes=passes(row, alphas_cumprod)) for row in
                     as_records(means(rows[rows.table == "candidates"]).sort_values("frechet_ratio"))],
+        trainings=trainings(rows[rows.table == "trainings"]), checkpoint=digest_of(checkpoint),
         **{table: as_records(means(rows[rows.table == table])) for table in ("seeds", "ddim")})

@@ -1,8 +1,7 @@
 """2024's problem 1 in the report: digits of MNIST-M and SVHN by one network."""
 
-
 from dataset import DOMAIN_NAMES
-from files import load_checkpoint, read_jsonl
+from files import digest_of, load_checkpoint, read_jsonl
 from plots import BLUE, ORANGE, image_grid, plt, save
 from utils import UserError
 
@@ -11,7 +10,8 @@ import pandas as pd
 from p1_ddpm.evaluate import Judge
 from p1_ddpm.inference import SHIPPED_2024, domains_of
 from p1_ddpm.model import load_model
-from report.p1 import architecture, digits_of_same_noise, quality, reverse_process
+from p1_ddpm.studies import FLAGS, means
+from report.p1 import architecture, as_records, digits_of_same_noise, passes, quality, reverse_process
 
 
 def losses(path, metrics, domains):
@@ -26,10 +26,24 @@ def losses(path, metrics, domains):
     save(path, figure)
 
 
+def candidates(path, checkpoint, alphas_cumprod):
+    """The settings of table domains in results.csv, measured with `checkpoint`: dicts of the flags, the passes through
+    the network an image, and the means over the seeds in each domain, {domain: measures}; none where nothing is."""
+    rows = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
+    rows = rows[(rows.table == "domains") & (rows.checkpoint == digest_of(checkpoint))]
+    found = {}
+    for row in as_records(means(rows)):
+        setting = {flag: row[flag] for flag in ("sampler", "steps", "spacing", "guidance", "interval")}
+        own = found.setdefault(tuple(setting.values()), dict(setting, passes=passes(row, alphas_cumprod)))
+        own[row["domain"]] = row
+    return sorted(found.values(), key=lambda row: row["passes"])
+
+
 def build(folder, checkpoints, data_dir, device, quick):
     """Draws the figures into `folder` and returns the numbers that p1_domains.typ shows.
 
-    checkpoints: the folder of mnistm_svhn.pt and of its training's record mnistm_svhn.jsonl. quick: few images.
+    checkpoints: the folder of mnistm_svhn.pt, of its training's record mnistm_svhn.jsonl and of the studies'
+    results.csv. quick: few images.
     """
     checkpoint, record = checkpoints / "mnistm_svhn.pt", checkpoints / "mnistm_svhn.jsonl"
     if not record.exists():
@@ -51,4 +65,5 @@ def build(folder, checkpoints, data_dir, device, quick):
         parameters=sum(p.numel() for p in model.parameters()), sampling=SHIPPED_2024._asdict(), shares=shares,
         schedule=content["config"]["schedule"], recipe=content["recipe"], record=metrics[-1],
         seconds=sum(row["seconds"] for row in metrics),
+        candidates=candidates(checkpoints / "results.csv", checkpoint, alphas_cumprod),
         quality=quality(model, alphas_cumprod, judges, device, 3 if quick else 50, SHIPPED_2024))

@@ -21,7 +21,7 @@ import pandas as pd
 
 from files import digest_of, markdown_table, read_jsonl, write_atomic
 from p1_ddpm.inference import CHECKPOINT, SHIPPED, SHIPPED_2024
-from p1_ddpm.studies import FLAGS, as_text
+from p1_ddpm.studies import DDIM, FLAGS, as_text
 from p3_dann.methods import ALL_PAIRS, PAIRS, run_name
 from p3_dann.studies import shipped
 from p7_clevr import studies as scenes
@@ -41,30 +41,36 @@ def as_name(text):
 
 
 def p1_numbers():
-    """Problem 1 with the shipped setting: seed 0 and the seeds that took part in no choice; by 2024's network seed 0 of
-    each domain, and the mean of both."""
+    """Problem 1 with the shipped setting: seed 0 in float32 and in bfloat16 and, in the latter, the seeds that took
+    part in no choice; by 2024's network the same of each domain, and the mean of both. p1.unguided: DDIM, guidance 0.
+    """
     path = ROOT / "p1_ddpm/checkpoints/results.csv"
     rows = pd.read_csv(path, dtype=dict.fromkeys(["checkpoint", *FLAGS], str))
 
-    def measured(checkpoint, table, sampling, domain="mnistm", per_class="100"):
+    def measured(checkpoint, table, sampling, precision, domain="mnistm", per_class="100"):
         wanted = pd.Series(dict(sampling, checkpoint=digest_of(checkpoint), table=table, domain=domain,
-                                per_class=per_class))
+                                precision=precision, per_class=per_class))
         found = rows[(rows[wanted.index] == wanted).all(axis=1)]
         if found.empty:
-            raise UserError(f"{path} lacks {table} of {checkpoint.name} and {domain}; run p1_ddpm/studies.py --output "
-                            f"{path}")
+            raise UserError(f"{path} lacks {table} of {checkpoint.name} and {domain} in {precision}; run "
+                            f"p1_ddpm/studies.py --output {path}")
         return found
 
     shipped, shipped_2024 = (as_text(setting._asdict(), setting._fields) for setting in (SHIPPED, SHIPPED_2024))
     decimals = dict(accuracy=1, worst_digit=0, panel=2, panel_least=1, frechet_ratio=2, diversity=2)
-    first, fresh = (measured(CHECKPOINT, table, shipped) for table in ("shipped", "seeds"))
-    numbers = {f"p1.{name}": f"{first[name].iloc[0]:.{digits}f}" for name, digits in decimals.items()}
-    numbers |= {f"p1.seeds.{name}": mean_and_std(fresh[name], 2) for name in decimals}
-    both = {domain: measured(CHECKPOINT.with_name("mnistm_svhn.pt"), "shipped", shipped_2024, domain, "50").iloc[0]
-            for domain in ("mnistm", "svhn")}
-    numbers |= {f"p1.both.{domain}.{name}": f"{row[name]:.{digits}f}" for domain, row in both.items()
-                for name, digits in decimals.items()}
-    return numbers | {"p1.both.mean": f"{(both['mnistm'].panel + both['svhn'].panel) / 2:.1f}"}
+    unguided = measured(CHECKPOINT, "guidance", as_text(dict(DDIM, guidance=0.0), SHIPPED._fields), "bfloat16")
+    numbers = {"p1.unguided.accuracy": f"{unguided.accuracy.iloc[0]:.1f}"}
+    for place, table, precision in (("", "shipped", "float32"), ("bfloat16.", "shipped", "bfloat16"),
+                                    ("seeds.", "seeds", "bfloat16")):
+        rows_of = dict(p1=measured(CHECKPOINT, table, shipped, precision))
+        for domain in "mnistm", "svhn":
+            rows_of[f"p1.both.{domain}"] = measured(CHECKPOINT.with_name("mnistm_svhn.pt"), table, shipped_2024,
+                                                    precision, domain, "50")
+        numbers |= {f"{name}.{place}{column}": mean_and_std(found[column], 2 if len(found) > 1 else digits)
+                    for name, found in rows_of.items() for column, digits in decimals.items()}
+        means = (rows_of["p1.both.mnistm"].panel.values + rows_of["p1.both.svhn"].panel.values) / 2
+        numbers[f"p1.both.{place}mean"] = mean_and_std(pd.Series(means), 2 if len(means) > 1 else 1)
+    return numbers
 
 
 def p3_numbers():

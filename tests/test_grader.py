@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,10 +11,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import digit_classifier
-from conftest import ROOT, call
+from conftest import ENVIRONMENT, ROOT, call
 from dataset import load_split
 from files import save_png
-from p1_ddpm import inference
 from utils import UserError
 
 
@@ -105,6 +105,9 @@ def test_grades_two_domains_as_in_2024(tmp_path, weights, always_3, capsys, monk
         with pytest.raises(UserError, match=message):
             grade("--folder", out, *flags)
     shutil.rmtree(out / "svhn")
+    with pytest.raises(UserError, match="grade .*mnistm by itself, with --domain mnistm"):
+        grade("--folder", out)
+    (out / "usps").rmdir()
     capsys.readouterr()
     with pytest.raises(UserError, match="no folder .*svhn"):
         grade("--folder", out)
@@ -197,10 +200,11 @@ def test_the_committed_panel_is_of_eight_plain_networks():
 
 
 def test_the_judges_recognise_the_shipped_digits_of_two_domains(tmp_path, capsys):
-    """A digit of each class and domain, in a third of the steps."""
-    call(inference, tmp_path, "--checkpoint", ROOT / "p1_ddpm/checkpoints/mnistm_svhn.pt", "--sampler", "ddim",
-         "--steps", 4, "--guidance", 2, "--interval", 200, 1000, "--per_class", 1, "--device", "cpu", "--amp", "off")
-    grade("--folder", tmp_path)
+    """A digit of each class and domain, by 2024's wrapper."""
+    wrapper = ROOT / "assignments/dlcv2024_hw2/hw2_1.sh"
+    subprocess.run(["bash", wrapper, "two words", "--per_class", "1", "--device", "cpu", "--amp", "off"], cwd=tmp_path,
+                   env=ENVIRONMENT, check=True, timeout=200)
+    grade("--folder", tmp_path / "two words")
     accuracies = re.findall(r"^(MNIST-M|SVHN) acc = ([\d.]+) \(correct/total = \d+/10\)$", capsys.readouterr().out,
                             re.MULTILINE)
     assert [domain for domain, _ in accuracies] == ["MNIST-M", "SVHN"]
@@ -224,7 +228,7 @@ def test_training_refuses_bad_flags(tmp_path, printed_digits, capsys, flags, mes
     assert message in f"{error.value} {capsys.readouterr().err}" and not (tmp_path / "new.pth").exists()
     with pytest.raises(UserError, match="does not hold a panel"):
         digit_classifier.load_panel(digit_classifier.CHECKPOINTS["mnistm"])
-    with pytest.raises(UserError, match="Classifier_panel.pth holds a panel; .*evaluate.py grades by all of it"):
+    with pytest.raises(UserError, match="Classifier_panel.pth holds a panel; .*evaluate.py --panel_checkpoint grades"):
         digit_classifier.load_classifier(digit_classifier.PANEL)
 
 
