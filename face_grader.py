@@ -1,6 +1,6 @@
 """Judges generated faces: are they found, do they look like faces as a whole, are they different people?
 
-    python3 -m pip install -r requirements-judges.txt                 # once; only the studies of faces need these, too
+    python3 -m pip install -r requirements-judges.txt       # once; for p5_gan/evaluate.py and the studies of faces, too
     python3 face_grader.py FOLDER --data_dir first9000.zip squashed.zip:6-58
     python3 face_grader.py GRID.png --data_dir first9000.zip          # a picture of many faces, 64x64 each
 
@@ -12,8 +12,8 @@ Prints, for the faces of a folder, a zip file or a grid, and for as many real on
     nearest       root mean square distance to the nearest training face or its mirror image in grey levels, the median
                   over the faces: real faces' is what it should be, a copy has 0
     FID           when pytorch-fid and its Inception weights are here
-The real ones are training faces, and for `nearest` validation faces. What --data_dir takes: faces.py. 1,000 faces take
-about five minutes on 2 CPU cores, nearly all of it for the identities, which --no_identity leaves out.
+The real ones are training faces, and for face rate and `nearest` validation faces. What --data_dir takes: faces.py.
+1,000 faces take about five minutes on 2 CPU cores, nearly all of it for the identities, which --no_identity leaves out.
 """
 
 import functools
@@ -221,6 +221,7 @@ class Judge:
         if count not in self.real:
             drawn = self.training.draw(count, seed=0).images
             self.real[count] = self.measures(look(drawn, self.identity)) | dict(
+                face_rate=self.reference.found[:count].float().mean().item(),
                 nearest=nearest_distances(self.validation.images[:count], training).median().item())
         measures = self.measures(look(images, self.identity))
         measures["nearest"] = nearest_distances(images, training).median().item()

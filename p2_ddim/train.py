@@ -1,8 +1,9 @@
 """Trains UNet.py on face images (Algorithm 1 of Ho et al. 2020), for those who have no UNet.pt.
 
-    python3 p2_ddim/train.py --data_dir img_align_celeba.zip --epochs 1      # or a folder of numbered images
-    python3 p2_ddim/train.py --data_dir img_align_celeba.zip --resume        # goes on where the last run stopped
-    python3 p2_ddim/train.py --data_dir img_align_celeba.zip --dry_run       # two steps, to see that all is in place
+    python3 p2_ddim/train.py --data_dir first9000.zip squashed.zip:6-58         # face64.pt, see below
+    python3 p2_ddim/train.py --data_dir img_align_celeba.zip --epochs 1         # or a folder of numbered images
+    python3 p2_ddim/train.py --data_dir img_align_celeba.zip --epochs 1 --resume    # goes on where that run stopped
+    python3 p2_ddim/train.py --data_dir img_align_celeba.zip --dry_run          # two steps, to see that all is in place
     torchrun --nproc_per_node=4 p2_ddim/train.py --data_dir img_align_celeba.zip   # --batch_size is for all together
 
 Writes into --output_dir:
@@ -12,7 +13,7 @@ Writes into --output_dir:
     samples_*.png   sixteen faces from noise that is always the same
 
 What --data_dir takes: faces.py; the faces 8001 to 9000 are kept for validation. p2_ddim/checkpoints/face64.pt is the
-model.pt of these settings on the 36,459 faces of --data_dir first9000.zip squashed.zip:6-58, as in p4_vae and p5_gan:
+model.pt of the first command, on the 36,459 faces that p4_vae and p5_gan have seen, too:
 121 minutes on 2 CPU cores with bfloat16, the loss ends at 0.020. metrics.jsonl beside it is the record.
 p2_ddim/noise64 holds the first ten of the sixteen noises.
 """

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils import argument_parser, float_between, int_between, nonempty_path, pick_device, run
 
-from faces import face_source, test_faces
+from faces import face_source, faces_to_test
 from p4_vae.elbo import kl_divergence
 from p4_vae.inference import reconstruct
 from p4_vae.latents import encode_all
@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--batch_size", type=int_between(1), default=250, help="faces at a time")
     args = parser.parse_args()
     model, _ = load_model(args.checkpoint, pick_device(args.device))
-    images = test_faces([args.faces]).images
+    images = faces_to_test([args.faces]).images
     mse, kl = evaluate(model, images, args.batch_size)
     print(f"mse = {mse:.4f} ({len(images)} faces; KL {kl:.1f} nats)")
     sys.exit(0 if mse <= args.baseline else 1)

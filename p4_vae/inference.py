@@ -22,7 +22,7 @@ from utils import (UserError, argument_parser, float_between, image_generators, 
 
 import torch
 
-from faces import add_output_arguments, check_outputs, face_source, save_faces, test_faces
+from faces import add_output_arguments, check_outputs, face_source, faces_to_test, save_faces
 from files import make_output_dir
 from p4_vae.elbo import squared_errors
 from p4_vae.latents import sample_prior
@@ -114,7 +114,7 @@ def pictures(args, model, latents):
         raise UserError(f"the checkpoint {args.checkpoint} knows no attribute {unknown[0]}; it knows "
                         f"{', '.join(known) or 'none'}")
     if args.walk or args.reconstruct:
-        faces = test_faces([args.walk or args.reconstruct])
+        faces = faces_to_test([args.walk or args.reconstruct])
         if len(faces.images) < args.count:
             raise UserError(f"{(args.walk or args.reconstruct).path} holds {len(faces.images)} faces, and {args.count} "
                             f"are needed; name others{'' if args.walk else ', or lower --count'}")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import described_by, load_checkpoint, load_weights
+from utils import UserError
 
 CHECKPOINT = Path(__file__).parent / "checkpoints/vae.pt"
 
@@ -65,7 +66,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def set_eigenfaces(self, images):
-        """Makes `average`, `basis` and each direction's `std` those of uint8 images (N, 3, 64, 64), N above L.
+        """Makes `average`, `basis` and each direction's `std` those of uint8 images (N, 3, 64, 64), N above L;
+        UserError when so many of them are the same that they vary in fewer directions.
 
         These are principal components at 32x32. The model is then nearly probabilistic PCA (Tipping & Bishop 1999):
         the posterior's variance is that of a linear decoder with the error that is left, its mean is not shrunk.
@@ -75,6 +77,9 @@ class VAE(nn.Module):
         _, singular, basis = torch.pca_lowrank(x - self.average, self.latents, center=False)
         self.basis.copy_(basis)
         self.std.copy_(singular / len(x) ** 0.5)
+        if self.std.min() < 1e-4:  # `encode` divides by it
+            raise UserError(f"--latents {self.latents} are too many: too few of the training faces differ; name "
+                            "others, or take fewer")
         error = (x - self.average).square().mean() - self.std.square().sum() / PIXELS
         # A pixel at 32x32 stands for four at 64x64.
         self.encoder[-1].bias[self.latents:] = (4 * self.std.square() / error).log()

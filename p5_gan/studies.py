@@ -33,6 +33,7 @@ RECIPES = {  # flags of train.py
               "--epochs", "87"],
     "short": SHORT,
     "short_no_modulation": [*SHORT, "--no_modulation"],
+    "short_hinge": [*SHORT, "--loss", "hinge"],
 }
 MEASURES = {"face_rate": 3, "kid": 5, "frechet": 4, "diversity": 3, "nearest": 1}  # decimals
 

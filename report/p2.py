@@ -7,7 +7,7 @@ from utils import UserError
 import torch
 from torchvision.utils import make_grid
 
-from p2_ddim.ddim import lerp, sample, slerp, stretch
+from p2_ddim.ddim import lerp, sample, slerp, step_generators, stretch
 from p2_ddim.evaluate import mean_squared_errors, read_folder
 from p2_ddim.inference import find_noises, load_noise
 from p2_ddim.model import load_model
@@ -82,7 +82,9 @@ def build(folder, unet, noise_dir, truth_dir, device, quick):
 
     faces = torch.cat([stretch(sample(model, noise, steps)) for noise in noises]).cpu()
     image_grid(folder / "p2_faces.svg", faces, len(faces))
-    save_png(folder / "p2_strip.png", make_grid(faces, nrow=(len(faces) + 1) // 2, padding=1, pad_value=255))
+    by_ddpm = torch.cat([stretch(sample(model, noise, steps, 1, step_generators(0, [i]))).cpu()
+                         for i, noise in enumerate(noises)])
+    save_png(folder / "p2_strip.png", make_grid(by_ddpm, nrow=(len(faces) + 1) // 2, padding=1, pad_value=255))
     grid = eta_grid(model, noises[:4], ETAS, steps).cpu()
     by_noise = grid.reshape(len(ETAS), 4, *grid.shape[1:]).transpose(0, 1).flatten(0, 1)
     image_grid(folder / "p2_eta.svg", by_noise, len(ETAS), row_names=[path.stem for path in paths[:4]],

@@ -7,7 +7,7 @@ from plots import TEXT_WIDTH, image_grid
 import pandas as pd
 import torch
 
-from faces import attributes_of, read_attributes, save_grid, test_faces
+from faces import attributes_of, faces_to_test, read_attributes, save_grid
 from files import load_checkpoint, read_jsonl
 from p4_vae.evaluate import evaluate
 from p4_vae.inference import generate, reconstruct
@@ -38,7 +38,7 @@ def build(folder, checkpoints, source, attributes, device, quick):
     metrics = read_jsonl(checkpoints / "metrics.jsonl")
     model, latents = load_model(checkpoints / "vae.pt", device)
     content = load_checkpoint(checkpoints / "vae.pt", "p4_vae", ["recipe", "config"])
-    faces = test_faces([source])
+    faces = faces_to_test([source])
     faces = faces.take(slice(40 if quick else 1000))
     ten = faces.draw(10, seed=0)
     printed = architecture(folder / "p4_architecture.svg", model)

@@ -68,11 +68,13 @@ def build(folder, chapters, device, quick):
     """Draws the figures into `folder` and returns the numbers that p5.typ shows.
 
     chapters: the folder that holds p5_gan/checkpoints with gan.pt, its training's metrics.jsonl, faces.csv and
-    results.csv, and those of p4_vae and p2_ddim to stand beside it.
+    results.csv, and those of p4_vae and p2_ddim, of the latter with its metrics.jsonl, to stand beside it.
     """
     checkpoints = chapters / "p5_gan/checkpoints"
     require_records(checkpoints, {"metrics.jsonl": "p5_gan/train.py", "faces.csv": "p5_gan/evaluate.py --output",
                                   "results.csv": "p5_gan/studies.py --output"})
+    beside = chapters / "p2_ddim/checkpoints"
+    require_records(beside, {"metrics.jsonl": "p2_ddim/train.py"})
     metrics = read_jsonl(checkpoints / "metrics.jsonl")
     generator = load_model(checkpoints / "gan.pt", device)
     content = load_checkpoint(checkpoints / "gan.pt", "p5_gan", ["recipe", "config"])
@@ -87,7 +89,9 @@ def build(folder, chapters, device, quick):
     for row in recipes:
         flags = RECIPES.get(row["recipe"], [])
         row["channels"] = dict(zip(flags, flags[1:])).get("--channels", content["config"]["channels"])
-    return dict(parameters=[sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)],
+    diffusion = read_jsonl(beside / "metrics.jsonl")
+    return dict(diffusion=dict(minutes=sum(row["seconds"] for row in diffusion) / 60, loss=diffusion[-1]["loss"]),
+                parameters=[sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)],
                 printed=printed, recipe=content["recipe"], config=content["config"], epochs=metrics[-1]["epoch"],
                 steps=metrics[-1]["step"], minutes=sum(row["seconds"] for row in metrics) / 60, first=metrics[0],
                 lowest=min(metrics, key=lambda row: row["accuracy"]), last=metrics[-1], recipes=recipes, faces=rows)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 
 import face_grader
 from face_grader import (Judge, cut_grid, found_faces, frechet_distance, kernel_distance, mean_distance,
                          nearest_distances, read_generated, report)
-from faces import face_source, save_grid
+from faces import as_grid, face_source, save_grid
 from p5_gan.inference import generate
 from p5_gan.model import CHECKPOINT, load_model
 from utils import UserError
@@ -38,8 +38,12 @@ def test_a_grid_is_cut_into_its_images(tmp_path, count, columns, padding):
 
 def test_our_grids_folders_and_archives_are_read(tmp_path):
     images = random_images(32)
+    for count in 32, 9, 3:
+        assert torch.equal(as_grid(images[:count]), make_grid(images[:count], nrow=8, padding=2))
+    for count in 32, 1:
+        save_grid(tmp_path / "grid.png", images[:count])
+        assert torch.equal(read_generated(tmp_path / "grid.png"), images[:count])
     save_grid(tmp_path / "grid.png", images)
-    assert torch.equal(read_generated(tmp_path / "grid.png"), images)
     save_grid(tmp_path / "grid.jpg", images[:10])  # six places of the last row are empty, but for JPEG's ripples
     assert len(read_generated(tmp_path / "grid.jpg")) == 10
     Image.open(tmp_path / "grid.png").save(tmp_path / "grid.jpg", quality=50)  # lines that are far from one colour
@@ -120,6 +124,7 @@ def test_real_faces_stand_beside_generated_ones(data, stand_ins, monkeypatch, ca
     assert measures.keys() == real.keys() == {"face_rate", "kid", "frechet", "diversity", "nearest"}
     assert measures["face_rate"] == (images[:, 0, 0, 0] > 127).float().mean()
     assert measures["kid"] == kernel_distance(features_of(images), features_of(validation))
+    assert real["face_rate"] == (validation[:, 0, 0, 0] > 127).float().mean()
     assert measures["diversity"] == pytest.approx(mean_distance(features_of(images))
                                                   / mean_distance(features_of(validation)))
     assert judge(training[:5])[0]["nearest"] == pytest.approx(0, abs=0.1) and real["nearest"] > 10

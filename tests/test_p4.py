@@ -59,8 +59,8 @@ def test_sets_have_their_crops_numbers_and_split(tmp_path):
     for drawn in draws:  # all different, in their order, each with its number
         places = [all_faces.numbers.tolist().index(number) for number in drawn.numbers.tolist()]
         assert places == sorted(set(places)) and torch.equal(drawn.images, all_faces.images[places])
-    assert faces.test_faces(sources).numbers.tolist() == [8001, 9000]
-    assert faces.test_faces(sources[1:]).numbers.tolist() == [7, 9001]  # no validation faces: all of them
+    assert faces.faces_to_test(sources).numbers.tolist() == [8001, 9000]
+    assert faces.faces_to_test(sources[1:]).numbers.tolist() == [7, 9001]  # no validation faces: all of them
     with pytest.raises(UserError, match="64 rows"):
         read_faces([face_source(f"{tmp_path}/b:6-65")])
     with pytest.raises(UserError, match="neither a folder nor a zip"):
@@ -258,6 +258,11 @@ def trained(data, tmp_path_factory):
     return folder
 
 
+def test_faces_that_are_all_the_same_are_refused():
+    with pytest.raises(UserError, match="--latents 4 are too many: too few of the training faces differ"):
+        VAE(latents=4, channels=2).set_eigenfaces(face_like(3).repeat(5, 1, 1, 1))
+
+
 def test_training_resumes_bit_for_bit(data, trained, tmp_path):
     with interrupted():
         call(train, *tiny(data, tmp_path / "out"))
@@ -324,7 +329,7 @@ def test_the_study_keeps_rows_of_other_betas_and_tells_mistakes_before_it_trains
 
     def judge(images):
         return dict(face_rate=0.5, kid=images.float().mean().item() / 255), {}
-    judge.validation = faces.test_faces([face_source(str(data))])
+    judge.validation = faces.faces_to_test([face_source(str(data))])
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(studies, "Judge", lambda sources, identity: judge)
     flags = ["--data_dir", data, "--attributes", data.parent / "list.txt", "--output", tmp_path / "results.csv",
@@ -383,7 +388,7 @@ def test_faces_are_reconstructed_changed_and_walked_between(data, trained, tmp_p
     assert picture.shape == (3 * 66 + 2, 3 * 66 + 2, 3)  # rows: faces, reconstructions, smiles
     assert np.array_equal(picture[2:66, 2:66], np.asarray(Image.open(data / "008001.png")))
     model, latents = load_model(trained / "model.pt")
-    drawn = faces.test_faces([face_source(str(data))]).draw(3, seed=0).images
+    drawn = faces.faces_to_test([face_source(str(data))]).draw(3, seed=0).images
     with torch.no_grad():
         mean, _ = model.encode(drawn.float() / 255)
         for row, shift in ((1, 0), (2, 1.5 * latents["attributes"]["Smiling"])):
@@ -406,9 +411,9 @@ def test_evaluation_prints_the_error_of_validation_faces(data, trained, capsys):
         call(evaluate, data, "--checkpoint", trained / "model.pt", "--device", "cpu")
     assert end.value.code == 0
     model, _ = load_model(trained / "model.pt")
-    _, errors = inference.reconstruct(model, faces.test_faces([face_source(str(data))]).images)
+    _, errors = inference.reconstruct(model, faces.faces_to_test([face_source(str(data))]).images)
     with torch.no_grad():
-        kl = kl_divergence(*model.encode(faces.test_faces([face_source(str(data))]).images.float() / 255)).mean()
+        kl = kl_divergence(*model.encode(faces.faces_to_test([face_source(str(data))]).images.float() / 255)).mean()
     assert len(errors) == 4
     assert capsys.readouterr().out == f"mse = {errors.mean():.4f} (4 faces; KL {kl:.1f} nats)\n"
     with pytest.raises(SystemExit) as end:
@@ -432,9 +437,10 @@ def test_memory_that_runs_out_halves_the_batch_and_nan_is_told(monkeypatch, caps
     for ours, theirs in zip(whole[0] + whole[1], again[0] + again[1]):
         torch.testing.assert_close(ours, theirs)
     monkeypatch.setattr(model, "decode", lambda z: torch.full((len(z), 3, 64, 64), float("nan")))
-    for call_it, faces_of in (inference.reconstruct, images), (inference.walk, images[:2]):
+    for call_it in (lambda: inference.reconstruct(model, images), lambda: inference.walk(model, images[:2]),
+                    lambda: inference.generate(model, [7], seed=0)):
         with pytest.raises(UserError, match="comes out as NaN"):
-            call_it(model, faces_of)
+            call_it()
 
 
 # --- The wrapper --------------------------------------------------------------------------------

@@ -315,6 +315,7 @@ def test_a_part_is_studied_by_one_change(monkeypatch):
                for name in studies.RECIPES}
     assert changed["ours"] == set() and changed["short"] == {"epochs"}
     assert changed["short_no_modulation"] == {"epochs", "no_modulation"}
+    assert changed["short_hinge"] == {"epochs", "loss"}
     public = {"no_modulation", "no_augment", "ema", "channels", "batch_size", "epochs"}
     assert changed["public"] == changed["public_as_long"] == public
     assert changed["hinge"] == {"no_modulation", "loss", "channels", "batch_size", "lr", "epochs"}
@@ -376,10 +377,12 @@ def test_other_models_faces_are_judged_and_recorded(data, trained, tmp_path, mon
         dict(face_rate=images.float().mean().item() / 255, kid=0.1, nearest=9.0),
         dict(face_rate=len(images) / 100, kid=0.0, nearest=1.0)))
     flags = ["--data_dir", data, "--checkpoint", trained / "model.pt", "--device", "cpu", "--count", 30]
-    call(evaluate, *flags, "--others", data, "--output", tmp_path / "new/faces.csv")
+    call(evaluate, *flags, "--others", data, "--others_checkpoints", trained / "last.pt", "--output",
+         tmp_path / "new/faces.csv")
     table = pd.read_csv(tmp_path / "new/faces.csv", dtype=dict(checkpoint=str))
     assert table.name.tolist() == ["gan", data.name, "real", "real"] and table["count"].tolist() == [30, 20, 30, 20]
-    assert table.checkpoint.fillna("").tolist() == [digest_of(trained / "model.pt"), "", "", ""]
+    assert table.checkpoint.fillna("").tolist() == [digest_of(trained / "model.pt"),
+                                                      digest_of(trained / "last.pt"), "", ""]
     pictures = np.stack([np.asarray(Image.open(path)) for path in data.iterdir()])
     assert table.face_rate[1] == pytest.approx(pictures.mean() / 255, abs=1e-3) and table.face_rate[3] == 0.2
     assert f"{data.name}, 20 images" in capsys.readouterr().out
@@ -390,6 +393,12 @@ def test_other_models_faces_are_judged_and_recorded(data, trained, tmp_path, mon
         (tmp_path / "real" / name).write_bytes((data / "000001.png").read_bytes())
     with pytest.raises(UserError, match="named as another set of faces is, real"):
         call(evaluate, *flags, "--others", tmp_path / "real")
+    monkeypatch.chdir(data)
+    call(evaluate, *flags, "--others", ".", "--output", tmp_path / "new/faces.csv")  # is named as well
+    assert pd.read_csv(tmp_path / "new/faces.csv").name.tolist()[1] == data.name
+    for paths, message in (["a.pt", "b.pt"], "1 folders and --others_checkpoints 2"), (["a.pt"], "no checkpoint a.pt"):
+        with pytest.raises(UserError, match=message):
+            call(evaluate, *flags, "--others", data, "--others_checkpoints", *paths)
 
 
 def test_the_committed_results_are_those_of_the_committed_checkpoint():
@@ -397,12 +406,32 @@ def test_the_committed_results_are_those_of_the_committed_checkpoint():
     for name, key, shipped in ("results.csv", "recipe", "ours"), ("faces.csv", "name", "gan"):
         rows = pd.read_csv(folder / name, dtype=dict(checkpoint=str)).set_index(key)
         assert rows.checkpoint[shipped] == digest_of(folder / "gan.pt")
-    assert set(rows.index) == {"gan", "vae_normal", "vae_fitted", "ddpm", "real"}
+    others = {name: digest_of(ROOT / checkpoint) for name, checkpoint in dict(
+        vae_normal="p4_vae/checkpoints/vae.pt", vae_fitted="p4_vae/checkpoints/vae.pt",
+        ddim="p2_ddim/checkpoints/face64.pt", ddpm="p2_ddim/checkpoints/face64.pt").items()}
+    assert rows.checkpoint.drop(["gan", "real"]).to_dict() == others and "real" in rows.index
 
 
 def test_the_committed_checkpoint_draws_a_face():
     image = inference.generate(load_model(CHECKPOINT), [0], seed=0)
     assert image.shape == (1, 3, 64, 64) and image.float().std() > 20
+
+
+def test_memory_that_runs_out_halves_the_batch_and_nan_is_told(trained, monkeypatch, capsys):
+    model = load_model(trained / "model.pt")
+    whole, forward = inference.generate(model, range(9), seed=0), model.forward
+
+    def in_little_memory(z):
+        if len(z) > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return forward(z)
+    monkeypatch.setattr(model, "forward", in_little_memory)
+    # Rounded to grey levels, batches of other sizes may differ by one.
+    assert (inference.generate(model, range(9), seed=0).int() - whole.int()).abs().max() <= 1
+    assert capsys.readouterr().err.count("out of memory: going on with batches of 4") == 1
+    monkeypatch.setattr(model, "forward", lambda z: torch.full((len(z), 3, 64, 64), float("nan")))
+    with pytest.raises(UserError, match="face 7 comes out as NaN"):
+        inference.generate(model, [7], seed=0)
 
 
 def test_weights_with_nan_are_refused(trained, tmp_path):

@@ -61,6 +61,7 @@ def chapters(tmp_path_factory):
     (root / "p2_ddim/checkpoints").mkdir(parents=True)
     save_checkpoint(root / "p2_ddim/checkpoints/face64.pt", kind="p2_ddim", config=dict(channel=8, size=64),
                     recipe=dict(epochs=7), ema=UNet(channel=8).state_dict())
+    (root / "p2_ddim/checkpoints/metrics.jsonl").write_text(json.dumps(dict(step=1, loss=0.5, seconds=90)) + "\n")
     return root
 
 
