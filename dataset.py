@@ -234,7 +234,7 @@ def _read_csv(csv_path, columns):
     """A DataFrame of strings with `columns` only; row numbers in messages start at 1 below the header."""
     try:
         table = pd.read_csv(csv_path, usecols=lambda name: name in columns, dtype=str, keep_default_na=False,
-                            skipinitialspace=True, index_col=False)
+                            skipinitialspace=True, index_col=False, encoding_errors="surrogateescape")
     except pd.errors.EmptyDataError:
         raise UserError(f"{csv_path} is empty; its first line must be image_name,label")
     except (OSError, ValueError) as error:

@@ -26,7 +26,8 @@ NO_DIGIT = 10
 def read_predictions(csv_path):
     """A list of (name, label) strings; unlike dataset.read_labels it takes faulty rows, to count them."""
     try:
-        table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
+        table = pd.read_csv(csv_path, usecols=lambda name: name in ("image_name", "label"), dtype=str, index_col=False,
+                            keep_default_na=False, skipinitialspace=True, encoding_errors="surrogateescape")
         return list(zip(table["image_name"], table["label"]))
     except KeyError as error:
         raise UserError(f"{csv_path} has no column {error}; its first line must be image_name,label")

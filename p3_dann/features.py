@@ -109,6 +109,8 @@ def main():
     model, recipe = load_model(args.checkpoint)
     networks[recipe["method"]] = model, recipe
     source, target = args.source or recipe["source"], args.target or recipe["target"]
+    if source == target:
+        raise UserError(f"{source} would be compared with itself; name another --source or --target")
     distances = picture(args.figure, networks, args.data_dir, source, target, seed=args.seed)
     print(f"proxy A-distance: {', '.join(f'{title} {distance:.2f}' for title, distance in distances.items())}; "
           f"wrote {args.figure}")

@@ -19,6 +19,7 @@ the commonest answer of the others and a warning.
 import csv
 import io
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ from utils import UserError, argument_parser, int_between, nonempty_path, pick_d
 
 import torch
 
-from dataset import DOMAINS, list_images, read_images
+from dataset import DOMAINS, IMAGE_SUFFIXES, list_images, read_images
 from files import check_output_file, write_atomic
 from p3_dann.methods import PAIRS, PAIRS_2020, predicted_domain, run_name
 from p3_dann.model import load_model
@@ -61,6 +62,8 @@ def parse_args():
         raise UserError(f"the target is given twice, as {args.domain} and as --target {args.target}; name one")
     if str(args.pred_csv) in DOMAINS:
         raise UserError(f"the CSV file to write would be called {args.pred_csv}, a domain; name the file after it")
+    if args.pred_csv.suffix.lower() in IMAGE_SUFFIXES:
+        raise UserError(f"the CSV file to write, {args.pred_csv}, is named as an image is; name another")
     args.target = args.domain or args.target
     return args
 
@@ -75,12 +78,13 @@ def find_checkpoint(assignment, method, target):
 
 
 def target_from_path(path):
-    """The domain that the last telling component of the absolute `path` names, or None.
+    """The domain that the last telling component of the absolute `path`, without "..", names, or None.
 
     A component names a domain as a word of its own: .../SVHN/test and .../usps-test do, .../mysvhns does not. One that
     names several, such as svhn-from-mnistm, tells nothing.
     """
-    parts = [set(re.split("[^a-z0-9]+", part.lower())).intersection(DOMAINS) for part in Path(path).absolute().parts]
+    parts = [set(re.split("[^a-z0-9]+", part.lower())).intersection(DOMAINS)
+             for part in Path(os.path.abspath(path)).parts]
     named = next(filter(None, reversed(parts)), ())
     return min(named) if len(named) == 1 else None
 
@@ -145,13 +149,13 @@ def main():
         find_checkpoint(args.assignment, args.method, args.target)
     images, readable = read([args.test_dir / name for name in names])
     if args.checkpoint:
-        checkpoint, reason = args.checkpoint, "its network was asked for"
+        checkpoint, what = args.checkpoint, "as asked"
     else:
         auto = args.target == "auto"
         target, reason = find_target(args.test_dir, images[readable]) if auto else (args.target, "as asked")
-        checkpoint = find_checkpoint(args.assignment, args.method, target)
+        checkpoint, what = find_checkpoint(args.assignment, args.method, target), f"taken to be {target} ({reason})"
     model, recipe = load_model(checkpoint, device)
-    print(f"{len(names)} images, taken to be {predicted_domain(recipe)} ({reason}); network {checkpoint}")
+    print(f"{len(names)} images, {what}; network {checkpoint}, made for {predicted_domain(recipe)}")
 
     labels = predict(model, images, args.batch_size).argmax(dim=1)
     labels[~readable] = labels[readable].bincount(minlength=10).argmax()

@@ -7,11 +7,12 @@
     python3 p3_dann/studies.py --tables long          # the other methods with as many steps as AdaMatch
     python3 p3_dann/studies.py --tables pairs --runs 'mnistm_svhn_adamatch_s*'     # some of a table's trainings
 
-A training by AdaMatch takes 43 to 53 minutes on one CPU core with bfloat16, by DANN 7 to 12 on two. One that is in
---output_dir already is not repeated, an interrupted one goes on. Writes --output_dir/results.csv. With --publish, its
-rows replace those of the same trainings in p3_dann/checkpoints/results.csv, and networks of seed 0, each with its
-record, go to p3_dann/checkpoints, where inference.py looks for them: the seed was fixed before any was trained. Which
-setting of a method is shipped for a pair, the rule of choice.py says, which knows no label of the target.
+A training by AdaMatch takes 43 to 53 minutes on one CPU core with bfloat16, by DANN 4 on two, beside other work 7 to
+12. One that is in --output_dir already is not repeated, an interrupted one goes on. Writes --output_dir/results.csv.
+With --publish, its rows replace those of the same trainings in p3_dann/checkpoints/results.csv, and networks of seed 0,
+each with its record, go to p3_dann/checkpoints, where inference.py looks for them: the seed was fixed before any was
+trained. Which setting of a method is shipped for a pair, the rule of choice.py says, which knows no label of the
+target.
 """
 
 import fnmatch

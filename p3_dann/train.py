@@ -1,7 +1,7 @@
 """Trains a network of problem 3 by DANN (Ganin et al., JMLR 2016) or one of the methods beside it, see methods.py.
 
-    python3 p3_dann/train.py --target svhn --method dann         # MNIST-M -> SVHN: 80 to 82 %, 7 to 12 minutes
-    python3 p3_dann/train.py --target svhn --method adamatch     # Berthelot et al., ICLR 2022: 91 to 95 %, 45 minutes
+    python3 p3_dann/train.py --target svhn --method dann         # MNIST-M -> SVHN: 80 to 82 %, 4 minutes
+    python3 p3_dann/train.py --target svhn --method adamatch     # Berthelot et al., ICLR 2022: 91 to 95 %, 50 minutes
     python3 p3_dann/train.py --target usps --lambda_max 0.1      # MNIST-M -> USPS: 98 to 99 %; --source takes any other
     python3 p3_dann/train.py --target svhn --method source_only  # the lower bound: source labels, no target images
     python3 p3_dann/train.py --target svhn --method target_only  # the upper bound: target labels, no source images
@@ -13,7 +13,7 @@ All share network and optimiser, so that they can be compared: an epoch is 100 s
 images of each domain that the method sees. adamatch takes more and smaller steps than the others, 60 epochs of 64
 images, and no dropout. The target's labels are read by target_only alone: with dann and adamatch neither training nor
 the choice of the weights (the EMA at the end of a fixed budget) knows them. After the end, validation labels give the
-accuracy for the table. Minutes are those on 2 CPU cores, adamatch's on one, with bfloat16.
+accuracy for the table. Minutes are those on 2 CPU cores with nothing beside it, adamatch's on one, with bfloat16.
 
 Reads hw2_data/digits. Writes into --output_dir:
     last.pt         everything that --resume needs, every --save_every steps

@@ -464,6 +464,26 @@ def test_the_strong_view_s_parts_by_hand(monkeypatch):
     assert holes.sum() == 28 ** 2 - 8 ** 2 and holes[0, 0, 10:18, 10:18].sum() == 0
 
 
+@pytest.mark.parametrize("part", ["solarize", "posterize", "cutout"])
+def test_the_strong_view_has_its_parts(part):
+    images = torch.nn.functional.interpolate(random_images(8)[..., :7, :7].float(), scale_factor=4).to(torch.uint8)
+    others = [name for name in augment.PARTS if name != part]
+    views = {}
+    for strong in True, False:
+        seed_all(0)
+        views[strong] = augment.augment(images, "svhn", others, strong=strong)
+    assert torch.equal(views[False], augment.standardize(images)) and not torch.equal(views[True], views[False])
+
+
+def test_strong_views_are_magnified_as_their_domain_says(monkeypatch):
+    asked = []
+    monkeypatch.setattr(augment, "random_affine", lambda images, zoom, size=None, **_: asked.append(zoom) or images)
+    for strong in False, True:
+        augment.augment(random_images(2), "svhn", ["neighbours"], strong=strong)
+    assert asked == [augment.AUGMENTATIONS["svhn"].zoom, augment.AUGMENTATIONS["svhn"].strong_zoom]
+    assert len({*asked}) == 2
+
+
 def test_weak_views_stay_near_and_strong_ones_do_not():
     seed_all(0)
     images = torch.nn.functional.interpolate(random_images(60)[..., :7, :7].float(), scale_factor=4, mode="bilinear")
@@ -500,6 +520,17 @@ def test_target_labels_do_not_matter(tmp_path, data_dir, tiny_network, method):
         assert same_tensors(train_tiny(changed, tmp_path / variant, "--method", method), expected)
     assert not same_tensors(train_tiny(data_dir, tmp_path / "other", "--method", method, "--seed", 1),
                             expected)
+
+
+def test_the_shipped_statistics_are_of_the_predicted_domain(monkeypatch, tmp_path, data_dir, tiny_network):
+    """What adapt_statistics makes of a network is tested by itself."""
+    given = []
+    monkeypatch.setattr(train, "adapt_statistics", lambda model, images: given.append(images))
+    for method, domain in ("dann", "svhn"), ("source_only", "mnistm"), ("target_only", "svhn"), ("adamatch", None):
+        train_tiny(data_dir, tmp_path / method, "--method", method)
+        if domain:
+            assert torch.equal(given.pop(), load_split(data_dir, domain, "train")[0])
+        assert not given  # adamatch's are common to all domains
 
 
 @pytest.mark.parametrize("method, domain", [("source_only", "mnistm"), ("target_only", "svhn")])
@@ -833,7 +864,11 @@ def test_target_from_path(path, target):
 def test_target_from_a_relative_path(monkeypatch, tmp_path):
     (tmp_path / "svhn" / "test").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "svhn")
-    assert inference.target_from_path("test") == "svhn"
+    assert inference.target_from_path("test") == "svhn" and inference.target_from_path("../mnistm") == "mnistm"
+    (tmp_path / "mnistm").mkdir()
+    monkeypatch.chdir(tmp_path / "mnistm")
+    assert inference.target_from_path("../svhn/test") == "svhn"
+    assert inference.target_from_path("../street") is None  # the folder that ".." leaves tells nothing
 
 
 def test_target_from_images(tmp_path):
@@ -890,11 +925,14 @@ def test_each_assignment_has_its_networks(monkeypatch, tmp_path, capsys, checkpo
     for command in ([tmp_path, target, tmp_path / "pred.csv", *flags],
                     [*flags, tmp_path, tmp_path / "pred.csv", "--target", target]):
         call(inference, *command)
-        assert f"(as asked); network {tmp_path / name}.pt" in capsys.readouterr().out
+        assert f"taken to be {target} (as asked); network {tmp_path / name}.pt" in capsys.readouterr().out
+    call(inference, *command, "--checkpoint", tmp_path / f"{name}.pt")
+    assert f"1 images, as asked; network {tmp_path / name}.pt, made for svhn" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "the following arguments are required"), (["images"], "the following arguments are required"),
+    (["images", "images/a.png"], "is named as an image is"),
     (["images", "svnh", "pred.csv"], "argument target: invalid choice: 'svnh'"),
     (["images", "", "pred.csv"], "argument target: invalid choice: ''"), (["", "svhn", "pred.csv"], "path is empty"),
     (["images", "svhn", ""], "path is empty"), (["images", "svhn", "pred.csv", "more"], "unrecognized arguments: more"),
@@ -1005,6 +1043,13 @@ def test_label_free_scores_need_no_target_label(tmp_path, data_dir, checkpoint):
     assert choice.label_free_scores(model, recipe, "svhn", blind) == scores
     lonely = choice.label_free_scores(model, dict(recipe, method="target_only"), "svhn", data_dir)
     assert "source_validation" not in lonely
+    images, labels, _ = load_split(data_dir, "mnistm", "val")
+    for method in "adamatch", "dann":  # dann's network predicts the source, too, with that domain's statistics
+        if method == "dann":
+            adapt_statistics(model, load_split(data_dir, "mnistm", "train")[0])
+        right = 100 * (predict(model, images).argmax(dim=1) == labels).float().mean().item()
+        scores = choice.label_free_scores(load_model(checkpoint)[0], dict(recipe, method=method), "svhn", data_dir)
+        assert scores["source_validation"] == pytest.approx(right, abs=1e-3)
 
 
 # --- Evaluation and features --------------------------------------------------------------------
@@ -1059,7 +1104,13 @@ def test_picture(monkeypatch, tmp_path, capsys, data_dir, checkpoint):
     dann = re.fullmatch(r"proxy A-distance: (dann [\d.]+); wrote .*", said[0])[1]
     assert re.fullmatch(rf"proxy A-distance: before adaptation [\d.]+, {dann}; wrote .*", said[1])
     assert asked == [True] * 2 + [False] * 2 + [True] * 2  # DANN's domains have their own statistics
+    images, labels, _ = load_split(data_dir, "svhn", "val")
+    _, digits = features.sample_features(load_model(checkpoint)[0], data_dir, ("mnistm", "svhn"), False)
+    chosen = np.random.default_rng(0).permutation(len(images))
+    assert digits[1].tolist() == labels[chosen].tolist() != labels.tolist()
     monkeypatch.setattr(features, "picture", None)  # a mistake is told before t-SNE takes its time
+    with pytest.raises(UserError, match="svhn would be compared with itself"):
+        call(features, checkpoint, tmp_path / "figure.png", "--data_dir", data_dir, "--source", "svhn")
     with pytest.raises(UserError, match="a figure is an .svg or a .png file; name .*figure.pdf so"):
         call(features, checkpoint, tmp_path / "figure.pdf", "--data_dir", data_dir)
 
