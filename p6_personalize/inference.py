@@ -39,7 +39,7 @@ def parse_args():
                         help="the pipeline's folder or single file")
     parser.add_argument("--embeds", type=nonempty_path, nargs="+",
                         help="learned_embeds files, one for each token; when not given, with our pipeline, ours")
-    parser.add_argument("--steps", type=int_between(1), default=25, help="sampling steps")
+    parser.add_argument("--steps", type=int_between(1, 999), default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float_between(1),
                         help="classifier-free guidance, 1 is none; when not given 7.5, with a tiny pipeline 2")
     parser.add_argument("--seed", type=int_between(0), default=0, help="seed of the noise")

@@ -4,6 +4,7 @@ Networks, tokenizer and schedulers are those of transformers and diffusers, load
 The libraries are imported where they are used: a script's --help needs none of them.
 """
 
+import hashlib
 import importlib.util
 import os
 import pickle
@@ -46,6 +47,11 @@ def digests_of(path):
     files = [path] if path.is_file() else sorted(
         file for ending in ("safetensors", "bin", "json") for file in path.rglob(f"*.{ending}"))
     return [digest_of(file) for file in files] or str(path)
+
+
+def digest_of_all(*paths):
+    """One short digest of all that digests_of finds behind several paths."""
+    return hashlib.sha256(repr([digests_of(path) for path in paths]).encode()).hexdigest()[:8]
 
 
 def check_begun(saved, now, last):

@@ -54,7 +54,7 @@ def _request(key, entry, where):
         raise UserError(f"{where} is no table; it needs token_name, prompt, prompt_4_clip_eval and baseline")
     token, prompts = entry.get("token_name"), entry.get("prompt")
     clip_prompts, baselines = entry.get("prompt_4_clip_eval", []), entry.get("baseline", [])
-    if not isinstance(token, str) or not token or token.split() != [token]:
+    if not isinstance(token, str) or token.split() != [token] or not is_unicode(token):
         raise UserError(f"{where} needs a token_name of one word, such as \"<new1>\"")
     if not _texts(prompts) or not prompts:
         raise UserError(f"{where} needs a prompt, a list of texts")
@@ -69,4 +69,10 @@ def _request(key, entry, where):
 
 
 def _texts(value):
-    return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
+    return isinstance(value, list) and all(isinstance(text, str) and text.strip() and is_unicode(text)
+                                           for text in value)
+
+
+def is_unicode(text):
+    """Whether tokenizers take it: JSON may hold half of a surrogate pair."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)

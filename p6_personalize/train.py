@@ -10,8 +10,8 @@
     learned_embeds.safetensors          the last one, or with --choose the one that CLIP likes best
     last.pt, metrics.jsonl              for --resume; a line for each saved step
 
-For a style: --learnable_property style --initializer_token cartoon --steps 3000. The tiny world's <new1>, whose command
-the README of 2024 has, takes 45 seconds on one CPU core and then shows its sphere in 40 of 40 images.
+For a style, the second concept: --placeholder_token "<new2>" --learnable_property style --initializer_token cartoon
+--steps 3000, and an --output_dir of its own. 2024's README has the tiny world's commands; <new1> takes 45 seconds.
 """
 
 import argparse

@@ -26,14 +26,14 @@ import plots
 from dataset import list_images, read_rgb
 from files import check_output_file, read_json, write_atomic
 from p6_personalize.model import Clip
-from p6_personalize.prompts import ENSEMBLE, PROMPT
+from p6_personalize.prompts import ENSEMBLE, PROMPT, is_unicode
 
 
 def read_classes(path):
     """{number: name} of the classes in id2label.json."""
     content = read_json(path)
     if not isinstance(content, dict) or not content or not all(
-            key.isdecimal() and isinstance(name, str) and name for key, name in content.items()):
+            key.isdecimal() and isinstance(name, str) and name and is_unicode(name) for key, name in content.items()):
         raise UserError(f"{path} holds no table of classes; it should look like {{\"0\": \"bicycle\"}}")
     return {int(key): name for key, name in content.items()}
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torchvision.utils import make_grid
 
+from dataset import some
 from files import make_output_dir, save_png
 from p1_ddpm.diffusion import SAMPLERS, guided_predictor
 from p1_ddpm.inference import Sampling, add_sampling_arguments, sampling_of, visited_timesteps
@@ -142,6 +143,10 @@ def main():
         generated, images = images[:len(sets)], images[len(sets):]
         for number, image in enumerate(generated):
             save_png(folders[name] / f"{number}.png", image)
+        stale = [path.name for path in folders[name].glob("*.png")
+                 if path.stem.isdecimal() and int(path.stem) >= len(sets)]
+        if stale:
+            print(f"other scenes in {folders[name]} stay: {some(sorted(stale))}", file=sys.stderr)
         save_grid(output_dir / (f"grid_{name}.png" if name else "grid.png"), generated)
         print(f"{name or ', '.join(args.labels)}: accuracy {evaluator.eval(as_input(generated), multi_hot(sets)):.4f} "
               f"({len(sets)} images)")

@@ -5,9 +5,10 @@
 
 Generates the scenes of each setting, judges them as evaluate.py does, and adds a line to --output; --output
 p7_clevr/checkpoints/results.csv changes the record of README and report. Settings of the same checkpoint and graders
-that are in that file already are not measured again, so an interrupted study goes on. Prints the tables as Markdown:
-mean and standard deviation where settings differ in the seed alone. Tables that serve to choose use sets of their own
-and seed 11; what is reported, "seeds", "judged" and "fidelity", took part in no choice. An hour.
+that are in that file already are not measured again, so an interrupted study goes on; a row does not name its
+--data_dir, so other data need an --output of their own. Prints the tables as Markdown: mean and standard deviation
+where settings differ in the seed alone. Tables that serve to choose use sets of their own and seed 11; what is
+reported, "seeds", "judged" and "fidelity", took part in no choice. An hour.
 """
 
 import itertools

@@ -4,7 +4,7 @@ import json
 
 from files import read_jsonl
 from plots import BLUE, VERMILION, TEXT_WIDTH, image_grid, plt, save
-from utils import amp_dtype
+from utils import UserError, amp_dtype
 
 import pandas as pd
 import torch
@@ -12,11 +12,13 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from p6_personalize.evaluate import CONCEPTS, best_five, read_references, scores
 from p6_personalize.inference import noise_number
-from p6_personalize.model import PIPELINE, Clip, add_embeds, default_guidance, generate, load_pipeline
+from p6_personalize.model import (PIPELINE, Clip, add_embeds, default_guidance, digest_of_all, generate,
+                                  load_pipeline)
 from p6_personalize.prompts import IMAGES, PROMPT, read_requests
 from p6_personalize.tiny.evaluate import ClipJudge, answers, single_objects, with_count
 from p6_personalize.tiny.scenes import UNSEEN_LOOK, UNSEEN_OBJECT, caption, read_world
 from p6_personalize.zero_shot import draw_cases
+from p7_clevr.evaluator import CHECKPOINTS
 from p7_clevr.scenes import OBJECTS
 from report.records import require_records
 
@@ -59,7 +61,12 @@ def build(folder, checkpoints, scenes_dir, device, quick):
     require_records(checkpoints, {"new1.jsonl": "p6_personalize/train.py", "new2.jsonl": "p6_personalize/train.py",
                                   "results.csv": "p6_personalize/tiny/evaluate.py"})
     records = {f"<{name}>": read_jsonl(checkpoints / f"{name}.jsonl") for name in ("new1", "new2")}
-    table = pd.read_csv(checkpoints / "results.csv")
+    table = pd.read_csv(checkpoints / "results.csv", dtype=dict(networks=str))
+    judged = ("clip", "pipeline", "new1.safetensors", "new2.safetensors")
+    networks = digest_of_all(*(checkpoints / name for name in judged), CHECKPOINTS / "evaluator.pth")
+    if set(table.get("networks", [])) != {networks}:
+        raise UserError(f"{checkpoints / 'results.csv'} is of other networks than those beside it; run "
+                        f"p6_personalize/tiny/evaluate.py --output {checkpoints / 'results.csv'}")
     clip = Clip(checkpoints / "clip", device)
     pipe = load_pipeline(checkpoints / "pipeline", device, amp_dtype("auto", device))
     draw_cases(folder / "p6_cases.svg", *cases(clip, *read_world(scenes_dir, "held_out")))

@@ -125,6 +125,8 @@ REQUEST = {"src_image": "dog", "token_name": "<new1>", "prompt": ["a photo of a 
 @pytest.mark.parametrize("entry, message", [
     ([], "holds no table of concepts"), ({"0": []}, "is no table"), ({"../0": REQUEST}, "cannot name a folder"),
     ({"0": dict(REQUEST, token_name="a b")}, "needs a token_name of one word"),
+    ({"0": dict(REQUEST, token_name="<\ud800>")}, "needs a token_name of one word"),
+    ({"0": dict(REQUEST, prompt=["a <new1> \ud800", "b"])}, "needs a prompt"),
     ({"0": dict(REQUEST, prompt=[])}, "needs a prompt"), ({"0": dict(REQUEST, prompt="a photo")}, "needs a prompt"),
     ({"0": dict(REQUEST, prompt_4_clip_eval=["one"])}, "as many texts"),
     ({"0": dict(REQUEST, baseline=[[1, 2]])}, "needs a baseline"),
@@ -170,6 +172,11 @@ def test_the_tiny_tokenizer_is_cut_from_clips(tmp_path):
     for path in WORDS.iterdir():
         written = (tmp_path / "tiny" / path.name).read_bytes()
         assert written == path.read_bytes(), path.name
+    for other, message in ((packed[:1000], "cannot read"), (b"text", "cannot read"),
+                           (gzip.compress(b"two\nlines"), "does not hold CLIP's 48,894 merges")):
+        (tmp_path / "other.gz").write_bytes(other)
+        with pytest.raises(UserError, match=message):
+            tokenizer.read_merges(tmp_path / "other.gz")
 
 
 # --- Textual inversion --------------------------------------------------------------------------
@@ -274,6 +281,31 @@ def test_training_writes_what_diffusers_loads_and_keeps_the_best(learnt, pipelin
     first = pipe.tokenizer.convert_tokens_to_ids("<new1>")
     assert token == "<new1>" and first == len(pipe.tokenizer) - 2 and embeds.shape == (2, 8)
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[first:first + 2], embeds)
+
+
+def test_training_sees_all_references_cropped_under_the_templates_of_what_is_learnt(pipeline, pictures, tmp_path,
+                                                                                    monkeypatch):
+    crops, texts, marked = [], [], []
+    square, ids = train.random_square, train.token_ids
+    monkeypatch.setattr(train, "random_square", lambda image, *flags: crops.append((image, flags)) or square(
+        image, *flags))
+    monkeypatch.setattr(train, "token_ids", lambda pipe, prompts: texts.extend(prompts) or ids(pipe, prompts))
+    monkeypatch.setattr(train, "validate", lambda pipe, dtype, prompt, guidance, clip, references, text: marked.append(
+        (prompt, guidance, text)) or (torch.zeros(8, 3, 8, 8, dtype=torch.uint8), {}))
+    call(train, pictures, "--checkpoint", pipeline, "--output_dir", tmp_path / "out", "--initializer_token", "sphere",
+         "--placeholder_token", "<new2>", "--learnable_property", "style", "--steps", 6, "--batch_size", 4, "--crop",
+         0.5, "--validation_prompt", "a cube by <new2>", "--guidance", 3, "--device", "cpu", "--amp", "off")
+    assert len(crops) == 24 and len({id(image) for image, _ in crops}) == 3
+    assert {flags for _, flags in crops} == {(32, 0.5)}
+    styles = {template.format("<new2>") for template in prompts.TEMPLATES["style"]}
+    assert len(texts) == 24 and len({*texts}) > 5 and {*texts} <= styles
+    assert marked == [("a cube by <new2>", 3, "a cube by sphere")]
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/learned_embeds.safetensors").write_bytes(b"of diffusers' own script")
+    with pytest.raises(UserError, match="foreign holds a training already; move it away"):
+        call(train, pictures, "--checkpoint", pipeline, "--output_dir", tmp_path / "foreign", "--initializer_token",
+             "sphere", "--device", "cpu")
+    assert (tmp_path / "foreign/learned_embeds.safetensors").read_bytes() == b"of diffusers' own script"
 
 
 def test_resuming_is_bit_for_bit(learnt, pipeline, pictures, tmp_path):
@@ -886,6 +918,13 @@ def test_the_concepts_are_different_images_and_the_scorers_real_ones_show_the_pr
             assert prompt == scenes.caption(objects, look)
 
 
+def test_the_committed_results_are_those_of_the_committed_networks():
+    networks = model.digest_of_all(tiny_evaluate.CLIP, tiny_evaluate.PIPELINE, *tiny_evaluate.EMBEDS,
+                                   tiny_evaluate.CHECKPOINTS / "evaluator.pth")
+    rows = pd.read_csv(ROOT / "p6_personalize/checkpoints/results.csv", dtype=dict(networks=str))
+    assert set(rows.networks) == {networks} and set(rows.steps) == {25} and set(rows.guidance) == {2.0}
+
+
 def test_the_baselines_are_a_tenth_below_what_real_images_score():
     rows = pd.read_csv(ROOT / "p6_personalize/checkpoints/results.csv").query("table == 'baselines'").set_index("row")
     assert json.loads((evaluate.CONCEPTS / "input.json").read_text()) == concepts.REQUESTS
@@ -907,8 +946,14 @@ def test_the_report_shows_the_records_and_what_inference_draws(pipeline, clip, w
     records = pd.read_csv(ROOT / "p6_personalize/checkpoints/results.csv")  # for the names of its rows
     records["objects"] = np.arange(len(records)) + 0.5
     records.to_csv(folder / "results.csv", index=False)
-    call(build, "--quick", "--assignment", "dlcv2024_hw2", "--only", "p6", "--chapters", tmp_path / "chapters",
-         "--scenes", world, "--device", "cpu", "--output_dir", tmp_path)
+    flags = ["--quick", "--assignment", "dlcv2024_hw2", "--only", "p6", "--chapters", tmp_path / "chapters", "--scenes",
+             world, "--device", "cpu", "--output_dir", tmp_path]
+    with pytest.raises(UserError, match="results.csv is of other networks than those beside it"):
+        call(build, *flags)
+    records["networks"] = model.digest_of_all(*(folder / name for name in (
+        "clip", "pipeline", "new1.safetensors", "new2.safetensors")), ROOT / "p7_clevr/checkpoints/evaluator.pth")
+    records.to_csv(folder / "results.csv", index=False)
+    call(build, *flags)
     assert (tmp_path / "assignments/dlcv2024_hw2/report_p6.pdf").read_bytes().rstrip().endswith(b"%%EOF")
     named = re.findall(r'drawing\("(\w+)"', (ROOT / "report/p6.typ").read_text())
     assert sorted(named) == sorted(path.stem for path in (tmp_path / "report/build").glob("*.svg"))

@@ -634,12 +634,15 @@ def test_any_wish_is_drawn_eight_times(tmp_path, lab, checkpoint, graders, capsy
     assert min((drawn[0] - other).abs().max() for other in drawn[1:]) > 5
 
 
-def test_five_objects_may_be_asked_for(tmp_path, lab):
+def test_five_objects_may_be_asked_for_and_scenes_of_a_longer_list_are_told(tmp_path, lab, capsys):
     (tmp_path / "data").mkdir()
-    for name in ("test", "new_test"):
-        (tmp_path / "data" / f"{name}.json").write_text(json.dumps([list(scenes.OBJECTS[:5])]))
-    lab(tmp_path / "out", "--data_dir", tmp_path / "data")
-    assert (tmp_path / "out/images/new_test/0.png").exists()
+    for count in 2, 1:
+        for name in ("test", "new_test"):
+            (tmp_path / "data" / f"{name}.json").write_text(json.dumps([list(scenes.OBJECTS[:5])] * count))
+        assert "stay" not in capsys.readouterr().err
+        lab(tmp_path / "out", "--data_dir", tmp_path / "data")
+        assert (tmp_path / "out/images/new_test/0.png").exists()
+    assert re.search("other scenes in .*images/test stay: 1.png\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("content, message", [

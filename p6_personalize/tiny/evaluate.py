@@ -4,7 +4,8 @@
     python3 p6_personalize/tiny/evaluate.py --data_dir DIR --count 20 --tables zero_shot prompts
 
 Images are judged by the evaluator of p7_clevr, which no part of the tiny world has seen; where a look is asked for, the
-one that an image is in is undone first. Rows of other tables stay in --output. Prints a line for each row, percentages:
+one that an image is in is undone first. Rows of other tables stay in --output; `networks` there is one digest of the
+CLIP, the pipeline, the embeddings and the judge. Prints a line for each row, percentages:
     zero_shot   top-1 accuracy of the tiny CLIP on real images of one object, among 24, and of two, among 276 pairs
     baselines   what real images of input.json's prompts score; its baselines are a tenth below that, rounded down
     judge       what the judge finds in real images
@@ -31,7 +32,8 @@ from torchvision.transforms.functional import to_pil_image
 from files import check_output_file, other_rows, write_atomic
 from p6_personalize.evaluate import CONCEPTS, read_references, scores
 from p6_personalize.inference import EMBEDS
-from p6_personalize.model import CLIP, PIPELINE, Clip, add_embeds, generate, load_pipeline, read_embeds
+from p6_personalize.model import (CLIP, PIPELINE, Clip, add_embeds, digest_of_all, generate, load_pipeline,
+                                  read_embeds)
 from p6_personalize.prompts import ENSEMBLE, PROMPT, read_requests
 from p6_personalize.tiny.concepts import SHOWN
 from p6_personalize.tiny.scenes import (SEEN, SEEN_LOOKS, UNSEEN_LOOK, UNSEEN_OBJECT, all_sets, apply, caption,
@@ -185,7 +187,7 @@ def parse_args():
                         help="what judges, such as the course's checkpoint.pth")
     parser.add_argument("--clip_judges", action="store_true", help="the tiny CLIP judges instead")
     parser.add_argument("--count", type=int_between(1), default=100, help="generated images in a row")
-    parser.add_argument("--steps", type=int_between(1), default=25, help="sampling steps")
+    parser.add_argument("--steps", type=int_between(1, 999), default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float_between(1), default=2.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--output", type=nonempty_path, help="a CSV file that gets the rows")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -217,11 +219,13 @@ def main():
         studio = Studio(load_pipeline(args.checkpoint, device, amp_dtype("auto", device)), judge, real, args.steps,
                         args.guidance)
         tables.update(prompts=lambda: studio.prompts(ones, pairs), concepts=lambda: studio.concepts(ones, args.embeds))
+    about = dict(steps=args.steps, guidance=args.guidance, networks=digest_of_all(
+        args.clip, args.checkpoint, *args.embeds, args.clip if args.clip_judges else args.evaluator))
     for table in args.tables:
         rows = []
         for row, numbers in tables[table]():
             print(f"{table}, {row}: {', '.join(f'{name} {value}' for name, value in numbers.items())}", flush=True)
-            rows.append(dict(table=table, row=row, **numbers))
+            rows.append(dict(table=table, row=row, **about, **numbers))
         if args.output:
             rows = pd.concat([other_rows(args.output, "table", [table]), pd.DataFrame(rows)])
             write_atomic(args.output, rows.to_csv(index=False).encode())

@@ -12,6 +12,7 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,8 +44,14 @@ def read_merges(path):
     if not path.is_file():
         raise UserError(f"there is no list of CLIP's merges {path}; it is in the package open-clip-torch, "
                         "open_clip/bpe_simple_vocab_16e6.txt.gz")
-    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1:49152 - 256 - 2 + 1]
-    return [tuple(line.split()) for line in lines]
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1:49152 - 256 - 2 + 1]
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read CLIP's merges in {path} ({error}); take the file of open-clip-torch")
+    merges = [tuple(line.split()) for line in lines]
+    if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
+        raise UserError(f"{path} does not hold CLIP's 48,894 merges; take the file of open-clip-torch")
+    return merges
 
 
 def merges_of(word, ranks):
