@@ -59,13 +59,14 @@ def check_output_file(path):
 def other_rows(path, key, values=(), dtype=None):
     """The rows of the CSV file `path` with none of `values` in the column `key`; none where there is no file.
 
-    dtype: of all columns; else `key` and `checkpoint`, a digest, are text, and what the others hold decides.
+    dtype: of all columns; else `key` and the digests `checkpoint` and `networks` are text, and what the others hold
+    decides.
     """
     import pandas as pd  # here, because most scripts that use this file do without
     if is_stream(path) or not Path(path).exists():
         return pd.DataFrame()
     try:
-        table = pd.read_csv(path, dtype=dtype or {key: str, "checkpoint": str})
+        table = pd.read_csv(path, dtype=dtype or {key: str, "checkpoint": str, "networks": str})
         return table[~table[key].isin(values)]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is no table with a column {key} ({error}); name another --output")

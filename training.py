@@ -88,7 +88,8 @@ def start(args, kind):
     if args.dry_run:
         args.batch_size = min(args.batch_size, 8 * process.count)
     last = args.output_dir / "last.pt"
-    there = any((args.output_dir / name).exists() for name in ("last.pt", "model.pt", "metrics.jsonl"))
+    there = any((args.output_dir / name).exists()
+                for name in ("last.pt", "model.pt", "metrics.jsonl", "learned_embeds.safetensors"))
     if args.resume and not last.exists():
         way = f"move {args.output_dir} away and start" if there else "start"
         raise UserError(f"there is no training to go on with, {last}; {way} without --resume")
@@ -111,6 +112,10 @@ def start(args, kind):
     wanted = recipe(args)
     if args.dry_run:
         wanted["batch_size"] = saved["recipe"]["batch_size"]
+    new = [f"--{name}" for name in wanted if name not in saved["recipe"]]
+    if new:
+        raise UserError(f"{last} is of an earlier version of this script, which had no {', '.join(new)}; go on with "
+                        f"that version, or move {args.output_dir} away and start without --resume")
     other = {name: value for name, value in saved["recipe"].items()
              if name not in (*NOT_RECIPE, "data") and value != wanted.get(name)}
     if other:

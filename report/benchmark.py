@@ -1,4 +1,4 @@
-"""Wall time and peak memory of 2023's wrappers and of a training of each problem, alone and beside a busy process.
+"""Wall time and peak memory of wrappers and of trainings of 2023's problems, alone and beside a busy process.
 
     python3 report/benchmark.py                         # half an hour on 2 CPU cores; nothing else should run there
     python3 report/benchmark.py --quick                 # two minutes: fewer images and steps; prints, writes nothing
@@ -42,22 +42,28 @@ from files import check_output_file, other_rows, read_jsonl, write_atomic
 from UNet import UNet
 
 
+CHAPTERS = ["p1", "p2", "p3", "p4", "p5"]
+
+
 def commands(quick):
     """Rows (name, images that the command generates, classifies or trains on, command); a name begins with the chapter.
 
     The commands run in the folder that `make_inputs` fills, and write `out`.
     """
-    per_class, steps, digits, batches = (5, 5, 500, 4) if quick else (100, 50, 20000, 50)
+    per_class, steps, digits, batches = (4, 5, 500, 4) if quick else (100, 50, 20000, 50)
     smaller = dict(p2=" --size 32", p3=" --batch_size 16") if quick else dict(p2="", p3="")
     return [
         ("p1", 10 * per_class, f"bash hw2_1.sh out --per_class {per_class}"),
         ("p1_amp_off", 10 * per_class, f"bash hw2_1.sh out --per_class {per_class} --amp off"),
+        ("p1_both", 10 * per_class, f"bash assignments/dlcv2024_hw2/hw2_1.sh out --per_class {per_class // 2}"),
         ("p1_train", 64 * batches, "python3 p1_ddpm/train.py --data_dir data --output_dir out --epochs 1"),
         ("p2_64", 10, f"bash hw2_2.sh p2_ddim/noise64 out p2_ddim/checkpoints/face64.pt --steps {steps}"),
         ("p2_256", 1, "bash hw2_2.sh noise256 out UNet.pt --steps 5"),
         ("p2_256_amp", 1, "bash hw2_2.sh noise256 out UNet.pt --steps 5 --amp"),
         ("p2_train", 32 * batches,
          "python3 p2_ddim/train.py --data_dir faces --output_dir out --epochs 1" + smaller["p2"]),
+        ("p4", 32, "bash assignments/dlcv2020_hw3/hw3_p1.sh out/vae.png"),
+        ("p5", 32, "bash assignments/dlcv2020_hw3/hw3_p2.sh out/gan.png"),
         ("p3", digits, "bash hw2_3.sh svhn out/pred.csv"),
         ("p3_train", 100 * (16 if quick else 128),  # its epoch is 100 steps
          "python3 p3_dann/train.py --data_dir data --output_dir out --epochs 1" + smaller["p3"]),
@@ -66,7 +72,7 @@ def commands(quick):
 
 def make_inputs(folder, quick):
     """Fills `folder` with what the commands name: links to the repository, random images, noise and weights."""
-    for path in [*ROOT.glob("hw2_?.sh"), *ROOT.glob("p?_*")]:
+    for path in [*ROOT.glob("hw2_?.sh"), *ROOT.glob("p?_*"), ROOT / "assignments"]:
         (folder / path.name).symlink_to(path)
     images = {name: count for name, count, _ in commands(quick)}
     digits = folder / "data/digits"
@@ -149,7 +155,7 @@ def machine(device):
 def parse_args():
     parser = argument_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer images and steps, to see that all is in place")
-    parser.add_argument("--only", nargs="+", choices=["p1", "p2", "p3"], default=["p1", "p2", "p3"],
+    parser.add_argument("--only", nargs="+", choices=CHAPTERS, default=CHAPTERS,
                         help="which chapters")
     parser.add_argument("--output", type=nonempty_path, default=ROOT / "report/benchmark.csv",
                         help="CSV file in which the rows of these commands are replaced")

@@ -76,6 +76,15 @@ def test_a_resumed_training_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path,
     assert set(slim) == {"format_version", "kind", "config", "recipe", "metrics", "ema"} and len(slim["metrics"]) == 1
 
 
+def test_a_training_of_an_earlier_version_is_not_resumed(tmp_path):
+    train(tmp_path, stop=5)
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    del content["recipe"]["optimizer"], content["recipe"]["ema"]
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="which had no --optimizer, --ema; go on with that version, or move"):
+        train(tmp_path, "--resume")
+
+
 def test_dry_run_makes_two_steps_and_writes_nothing(tmp_path, capsys):
     assert train(tmp_path / "none", "--dry_run") == [] and not (tmp_path / "none").exists()
     assert "dry run: two steps of 4 images went well on cpu; nothing was written" in capsys.readouterr().out
