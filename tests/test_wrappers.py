@@ -22,7 +22,7 @@ CALLS = {  # what stands before the user's own words
     "assignments/dlcv2020_hw3/hw3_p3.sh": "p3_dann/inference.py --assignment 2020 --method dann",
     "assignments/dlcv2020_hw3/hw3_p4.sh": "p3_dann/inference.py --assignment 2020 --method adamatch",
     "assignments/dlcv2024_hw2/hw2_1.sh": "p1_ddpm/inference.py --checkpoint p1_ddpm/checkpoints/mnistm_svhn.pt "
-                                         "--steps 7 --guidance 2 --interval 300 950",
+                                         "--steps 7 --guidance 3 --interval 300 950",
     "assignments/dlcv2024_hw2/hw2_2.sh": "p2_ddim/inference.py",
     "assignments/dlcv2024_hw2/hw2_3.sh": "p6_personalize/inference.py",
     "assignments/nycu2024_lab6/lab6.sh": "p7_clevr/inference.py"}

@@ -3,4 +3,4 @@
 script=${BASH_SOURCE:-$0}  # or a link to it
 while to=$(readlink "$script"); do case $to in /*) script=$to ;; *) script=$(dirname "$script")/$to ;; esac; done
 root=$(dirname "$script")/../..
-exec python3 "$root/p1_ddpm/inference.py" --checkpoint "$root/p1_ddpm/checkpoints/mnistm_svhn.pt" --steps 7 --guidance 2 --interval 300 950 "$@"
+exec python3 "$root/p1_ddpm/inference.py" --checkpoint "$root/p1_ddpm/checkpoints/mnistm_svhn.pt" --steps 7 --guidance 3 --interval 300 950 "$@"
