@@ -76,8 +76,10 @@ def add_arguments(parser, epochs, batch_size, lr, warmup, weight_decay, ema, sav
     group.add_argument("--ema", type=float_between(0, 1), default=ema, help="decay of the weights' moving average")
 
 
-def start(args, kind):
+def start(args, kind, *written):
     """(this Process, the checkpoint to go on from or None) for the parsed flags `args` of the chapter `kind`.
+
+    written: names of what its trainings write beside last.pt, model.pt and metrics.jsonl.
 
     Joins torchrun's processes, if there are any, and makes --output_dir. UserError when the flags do not fit together,
     or do not fit the training that is there.
@@ -89,7 +91,7 @@ def start(args, kind):
         args.batch_size = min(args.batch_size, 8 * process.count)
     last = args.output_dir / "last.pt"
     there = any((args.output_dir / name).exists()
-                for name in ("last.pt", "model.pt", "metrics.jsonl", "learned_embeds.safetensors"))
+                for name in ("last.pt", "model.pt", "metrics.jsonl", *written))
     if args.resume and not last.exists():
         way = f"move {args.output_dir} away and start" if there else "start"
         raise UserError(f"there is no training to go on with, {last}; {way} without --resume")

@@ -72,7 +72,7 @@ def main():
         raise UserError("--choose and --guidance are about images of a --validation_prompt; give one")
     checkpoint, choose = vars(args).pop("checkpoint"), vars(args).pop("choose")  # --resume compares their content
     references = read_references(args.data_dir)
-    process, saved = training.start(args, "p6_personalize")
+    process, saved = training.start(args, "p6_personalize", "learned_embeds.safetensors")
     if process.count > 1:
         raise UserError("textual inversion trains in one process; start it without torchrun")
     clip = Clip(choose, process.device) if choose else None
