@@ -230,11 +230,16 @@ def read_labels(csv_path):
     return table["image_name"].tolist(), torch.tensor(labels.to_numpy(), dtype=torch.int64)
 
 
+def string_columns(csv_path, columns):
+    """A DataFrame of strings with those of `columns` that the CSV file has; OSError or ValueError for no such file."""
+    return pd.read_csv(csv_path, usecols=lambda name: name in columns, dtype=str, keep_default_na=False,
+                       skipinitialspace=True, index_col=False, encoding_errors="surrogateescape")
+
+
 def _read_csv(csv_path, columns):
     """A DataFrame of strings with `columns` only; row numbers in messages start at 1 below the header."""
     try:
-        table = pd.read_csv(csv_path, usecols=lambda name: name in columns, dtype=str, keep_default_na=False,
-                            skipinitialspace=True, index_col=False, encoding_errors="surrogateescape")
+        table = string_columns(csv_path, columns)
     except pd.errors.EmptyDataError:
         raise UserError(f"{csv_path} is empty; its first line must be image_name,label")
     except (OSError, ValueError) as error:

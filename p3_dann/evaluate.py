@@ -15,10 +15,9 @@ sys.path.insert(0, str(ROOT))
 
 from utils import UserError, argument_parser, nonempty_path, run
 
-import pandas as pd
 import torch
 
-from dataset import read_labels
+from dataset import read_labels, string_columns
 
 NO_DIGIT = 10
 
@@ -26,8 +25,7 @@ NO_DIGIT = 10
 def read_predictions(csv_path):
     """A list of (name, label) strings; unlike dataset.read_labels it takes faulty rows, to count them."""
     try:
-        table = pd.read_csv(csv_path, usecols=lambda name: name in ("image_name", "label"), dtype=str, index_col=False,
-                            keep_default_na=False, skipinitialspace=True, encoding_errors="surrogateescape")
+        table = string_columns(csv_path, ["image_name", "label"])
         return list(zip(table["image_name"], table["label"]))
     except KeyError as error:
         raise UserError(f"{csv_path} has no column {error}; its first line must be image_name,label")
